@@ -1,0 +1,128 @@
+"""Tokenizers, always a `tiktoken.Encoding`: that of GPT-2, or a small one for the toy world.
+
+    python -m data.tokenizer        # trains data/toy.tiktoken anew
+
+Encode text with `encode_ordinary`: it spells out a literal "<|endoftext|>", which therefore never
+becomes the control token `encoding.eot_token`.
+"""
+
+import base64
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import tiktoken
+
+TOY = Path(__file__).with_name("toy.tiktoken")
+# Chunks of text that no token crosses: GPT-2's, but for ASCII letters only, which re can spell too.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer "gpt2" or "toy", or one with the ranks in a `.tiktoken` file."""
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:  # includes every exception of requests, with which tiktoken loads
+            raise FileNotFoundError(
+                f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}); without a network, "
+                "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
+            ) from error
+    path = TOY if name == "toy" else Path(name)
+    if path.suffix != ".tiktoken":
+        raise ValueError(f"tokenizer {name!r}; expected gpt2, toy or the path of a .tiktoken file")
+    try:
+        return build(path.name, PATTERN, parse_ranks(path.read_text("ascii")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_state(encoding: tiktoken.Encoding) -> dict[str, str]:
+    """Everything `from_state` needs to rebuild the tokenizer, as text for a checkpoint."""
+    if encoding.name == "gpt2":
+        return {"name": "gpt2"}
+    ranks = format_ranks(encoding._mergeable_ranks)  # underscored, yet tiktoken's README uses both
+    return {"name": encoding.name, "pattern": encoding._pat_str, "ranks": ranks}
+
+
+def from_state(state: dict[str, str]) -> tiktoken.Encoding:
+    """The tokenizer that `to_state` wrote down."""
+    if state["name"] == "gpt2":
+        return get_tokenizer("gpt2")
+    return build(state["name"], state["pattern"], parse_ranks(state["ranks"]))
+
+
+def build(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """A tokenizer with these ranks and, after them, the end-of-text token."""
+    special_tokens = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+
+
+def format_ranks(ranks: dict[bytes, int]) -> str:
+    """The text of a `.tiktoken` file: a line per token, its bytes in base64 and its rank."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+def parse_ranks(text: str) -> dict[bytes, int]:
+    """The ranks in the text of a `.tiktoken` file, checked, since tiktoken panics on wrong ones."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"line {number} is {line[:40]!r}; expected base64 and rank") from None
+    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{missing} of the 256 single bytes have no rank")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("a rank is missing or occurs twice; expected 0, 1, 2, ... once each")
+    return ranks
+
+
+def train_bpe(text: str, vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
+    """The ranks that byte-pair encoding learns: the most frequent pair becomes a token, repeatedly.
+
+    (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes, as in GPT-2.)
+    """
+    counts = Counter(re.findall(pattern, text))
+    chunks = [([bytes([byte]) for byte in chunk.encode()], n) for chunk, n in counts.items()]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < vocab_size:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for tokens, n in chunks:
+            for pair in pairwise(tokens):
+                pairs[pair] += n
+        if not pairs:
+            raise ValueError(f"this text yields {len(ranks)} tokens, fewer than {vocab_size}")
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself decides ties
+        ranks[b"".join(best)] = len(ranks)
+        for tokens, _ in chunks:
+            merge(tokens, best)
+    return ranks
+
+
+def merge(tokens: list[bytes], pair: tuple[bytes, bytes]) -> None:
+    """Joins the pair wherever it occurs, from the left."""
+    i = 0
+    while i + 1 < len(tokens):
+        if (tokens[i], tokens[i + 1]) == pair:
+            tokens[i : i + 2] = [b"".join(pair)]
+        i += 1
+
+
+def main() -> None:
+    """Trains the toy world's tokenizer on its pages and writes data/toy.tiktoken."""
+    from data.toy import pages  # here, since a tokenizer needs no toy world to be used
+
+    text = "\n".join(pages(4000, seed=0))
+    ranks = train_bpe(text, vocab_size=1024)
+    TOY.write_text(format_ranks(ranks), encoding="ascii", newline="\n")
+    length = len(get_tokenizer("toy").encode_ordinary(text))
+    print(f"wrote {TOY.name}: {len(ranks):,} ranks, {len(text) / length:.2f} characters a token")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Tokenizers: the shipped one can be trained again, texts and states survive, bad files do not."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+import requests
+import tiktoken
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from data import tokenizer, toy
+from data.tokenizer import PATTERN, TOY, from_state, get_tokenizer, to_state, train_bpe
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+ENCODING = get_tokenizer("toy")
+
+
+def test_training_again_gives_the_shipped_file(tmp_path, monkeypatch, capsys):
+    shipped = TOY.read_bytes()
+    monkeypatch.setattr(tokenizer, "TOY", tmp_path / "toy.tiktoken")
+    tokenizer.main()
+    assert (tmp_path / "toy.tiktoken").read_bytes() == shipped
+    assert "1,024 ranks" in capsys.readouterr().out
+
+
+def test_bpe_by_hand():
+    # "aaab" thrice and "ab" once, in chunks of letters: the pair aa occurs 6 times, ab 4. After aa
+    # is joined from the left, "aaab" is aa + a + b, and a + b occurs 4 times, aa + a 3 times.
+    ranks = train_bpe("aaab\naaab\naaab\nab", 259, r"[a-z]+")
+    assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
+    assert list(ranks.values()) == list(range(259))
+    assert list(train_bpe("ba ab", 257, r"[a-z]+"))[256:] == [b"ba"]  # a tie: the greater pair
+    with pytest.raises(ValueError, match="yields 259 tokens, fewer than 300"):
+        train_bpe("aaab\naaab\naaab\nab", 300, r"[a-z]+")
+
+
+def test_vocabulary():
+    assert ENCODING.n_vocab == 1025 and ENCODING.eot_token == 1024
+    for word in [*toy.SUBJECTS, *toy.ALL_MOODS]:
+        assert len(ENCODING.encode_ordinary(f" {word}")) == 1, word
+    text = "\n".join(toy.pages(500, seed=9))
+    assert len(text) / len(ENCODING.encode_ordinary(text)) > 4  # characters a token
+
+
+@given(st.text())
+@example("I don't, it's we'll they've")
+@example(" \n\n\t é 中文 \x1c 🙂\u2028")
+def test_every_text_survives(text):
+    assert ENCODING.decode(ENCODING.encode_ordinary(text)) == text
+
+
+@given(st.text(st.characters(codec="ascii", exclude_characters="\x1c\x1d\x1e\x1f")))
+@example("Don't  panic!!  It's 42\n\n\n ok ")
+def test_python_cuts_text_where_tiktoken_does(text):
+    # (but for four control characters that only Python takes for white space)
+    chunks = re.findall(PATTERN, text)
+    assert "".join(chunks) == text
+    assert ENCODING.encode_ordinary(text) == [
+        token for chunk in chunks for token in ENCODING.encode_ordinary(chunk)
+    ]
+
+
+def test_a_literal_end_of_text_is_ordinary_text():
+    tokens = ENCODING.encode_ordinary("The end.<|endoftext|>")
+    assert ENCODING.eot_token not in tokens
+    assert ENCODING.decode(tokens) == "The end.<|endoftext|>"
+    assert ENCODING.decode([ENCODING.eot_token]) == "<|endoftext|>"
+
+
+def test_state_rebuilds_the_tokenizer():
+    state = json.loads(json.dumps(to_state(ENCODING)))  # plain text only
+    assert all(type(value) is str for value in state.values())
+    rebuilt = from_state(state)
+    page = toy.pages(1, 0)[0] + " naïve 🙂 don't"
+    assert rebuilt.encode_ordinary(page) == ENCODING.encode_ordinary(page)
+    assert (rebuilt.n_vocab, rebuilt.eot_token) == (ENCODING.n_vocab, ENCODING.eot_token)
+    assert to_state(rebuilt) == to_state(ENCODING)
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "gpt2.tiktoken"  # a file of this name is not GPT-2
+    path.write_text(tokenizer.format_ranks(train_bpe("low lower lowest", 260)))
+    encoding = from_state(to_state(get_tokenizer(str(path))))
+    assert encoding.n_vocab == 261
+    assert encoding.encode_ordinary("low") == [tokenizer.parse_ranks(path.read_text())[b"low"]]
+
+
+BYTES = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "256 of the 256 single bytes have no rank"),
+        (BYTES[:-9].encode(), "1 of the 256 single bytes have no rank"),
+        (b"YQ==\n", "line 1 is 'YQ=='; expected base64 and rank"),
+        (b"YQ== 0\nYg== one\n", "line 2 is 'Yg== one'"),
+        (b"YQ== 0\n\nYg== 1\n", "line 2 is ''"),
+        (b"Y?Q== 0\n", r"line 1 is 'Y\?Q== 0'"),
+        (f"{BYTES}YWE= 255\n".encode(), "a rank is missing or occurs twice"),
+        (f"{BYTES}YWE= 257\n".encode(), "a rank is missing or occurs twice"),
+        (f"{BYTES}YQ== 256\n".encode(), "a rank is missing or occurs twice"),
+        (f"{BYTES}YWE= -1\n".encode(), "a rank is missing or occurs twice"),
+        (b"\xff\xfe\x00", "ascii"),
+    ],
+)
+def test_a_malformed_file_is_refused_in_one_line(tmp_path, content, complaint):
+    path = tmp_path / "bad.tiktoken"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as caught:
+        get_tokenizer(str(path))
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'gtp2'; expected gpt2, toy or the path"):
+        get_tokenizer("gtp2")
+    with pytest.raises(FileNotFoundError):
+        get_tokenizer(str(tmp_path / "absent.tiktoken"))
+
+
+def test_without_network_gpt2_says_what_to_do(monkeypatch):
+    def offline(name: str) -> tiktoken.Encoding:
+        raise requests.ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
+        get_tokenizer("gpt2")
+
+
+@pytest.fixture
+def gpt2(monkeypatch) -> tiktoken.Encoding:
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("no offline copy of GPT-2's vocabulary in ../shared/data/tiktoken_cache")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    return get_tokenizer("gpt2")
+
+
+def test_gpt2_gives_known_tokens(gpt2):
+    tokens = gpt2.encode_ordinary("Hello, I'm a language model,")
+    assert tokens == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
+    assert to_state(gpt2) == {"name": "gpt2"} and from_state({"name": "gpt2"}) is gpt2
+
+
+def test_gpt2_gives_nanogpts_counts_for_shakespeare(gpt2):
+    text = (SHARED / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    counts = [len(gpt2.encode_ordinary(part)) for part in (text[:cut], text[cut:])]
+    assert counts == [301_966, 36_059]
