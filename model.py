@@ -1,0 +1,959 @@
+"""The network and the harness of all three stages.
+
+Rule 1. Sequences lie end to end in one ragged `Batch`; nothing is padded. Whatever is known of a
+token is a flat (N,) vector over the response tokens of the batch, indexed by the token it is about:
+logprobs[n], values[n] and rewards[n] concern response token n, which the network decided one
+position earlier. That shift by one stands in one place, `Batch.where`.
+
+Rule 2. A response ends with the end-of-text token if the model emitted it. It is an action like any
+other: it has a log-probability, a KL term and an advantage, and the reward model is read there.
+
+Letters: B sequences, T tokens of all of them, N response tokens of all of them, S cache slots, and
+H heads of D channels, C = H D channels, V words in the vocabulary, as in GPT-2.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data.records import printable
+from data.tokenizer import from_state, to_state
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:  # the padded path needs torch alone
+    triton = None
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention over ragged batches, and over the key-value cache
+
+FUSED = False  # no GPU has run these kernels yet: flip when tests/bench_attention.py passes on one
+Groups = tuple[list[tuple[int, int]], Tensor, Tensor]  # what length_groups returns
+
+
+def use_kernels(qkv: Tensor) -> bool:
+    return FUSED and triton is not None and qkv.is_cuda
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, longest: int, groups: Groups | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, causal within each of B sequences that lie end to end.
+
+    qkv (T, 3, H, D), cu_seqlens (B + 1,) int32, longest: at least the longest length -> (T, H, D).
+    groups = length_groups(cu_seqlens) spares the padded path from computing it in every layer.
+    """
+    if use_kernels(qkv):
+        return fused_attention(qkv.contiguous(), cu_seqlens, longest)[0]
+    return padded_attention(qkv, groups or length_groups(cu_seqlens))
+
+
+def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    """Appends each row's new key and value to its cached ones, then attends to all the row has.
+
+    qkv (B, 3, H, D) of one new token a row, cache (2, B, H, S, D) of which each row has filled
+    lengths (B,) slots -> (B, H, D). What the other slots hold does not matter and may be cleared.
+    """
+    if use_kernels(qkv):
+        return fused_decode(qkv.contiguous(), cache, lengths)
+    return padded_decode(qkv, cache, lengths)
+
+
+# --- In plain PyTorch: pad on the right, in groups of similar length
+
+PADS = 64  # a group may hold: attending to more costs more than another group's operators
+
+
+def length_groups(cu_seqlens: Tensor) -> Groups:
+    """Sorts sequences into rectangles (rows, L), longest first, with few pads in each.
+
+    -> the rectangles; the token in each of their slots, (slots,); the slot of each token, (T,).
+    A pad repeats the last token of its own sequence: no NaN can cross from one to another.
+    """
+    ends = cu_seqlens.long().cpu()
+    lengths, order = ends.diff().sort(descending=True, stable=True)
+    lengths = lengths[lengths > 0]  # (rows,)
+    starts = ends[order[: len(lengths)]]  # (rows,)
+    width, room, widths = math.inf, 0.0, []
+    for n in lengths.tolist():
+        room -= width - n
+        if room < 0:  # a new group, as wide as its first and longest row
+            width, room = n, PADS
+        widths.append(width)
+    row = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))  # (slots,)
+    column = torch.cat([torch.arange(width) for width in widths])  # (slots,)
+    token = starts[row] + column.minimum(lengths[row] - 1)  # (slots,)
+    real = (column < lengths[row]).nonzero()[:, 0]  # (T,)
+    slot = torch.empty_like(real).index_copy_(0, token[real], real)  # (T,)
+    shapes = [(rows, width) for width, rows in Counter(widths).items()]
+    return shapes, token.to(cu_seqlens.device), slot.to(cu_seqlens.device)
+
+
+def padded_attention(qkv: Tensor, groups: Groups) -> Tensor:
+    """No mask: pads end their row, and a causal query never sees what follows it."""
+    shapes, token, slot = groups
+    rectangles = qkv.index_select(0, token).split([rows * L for rows, L in shapes])
+    out = []
+    for x, shape in zip(rectangles, shapes, strict=True):
+        q, k, v = x.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # (rows, H, L, D) each
+        out.append(softmax_attention(q, k, v).transpose(1, 2).flatten(0, 1))  # (rows L, H, D)
+    return torch.cat(out).index_select(0, slot)
+
+
+def padded_decode(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+    rows, n = torch.arange(len(lengths), device=lengths.device), lengths.long()
+    cache[:, rows, :, n] = qkv[:, 1:]
+    if not cache.is_cuda:  # asking a GPU for the greatest length would make it wait
+        cache = cache[:, :, :, : int(n.max()) + 1]
+    seen = torch.arange(cache.shape[3], device=n.device) <= n[:, None]  # (B, S)
+
+    def attend() -> Tensor:
+        return softmax_attention(qkv[:, 0, :, None], *cache, seen[:, None, None])[:, :, 0]
+
+    if cache.is_cuda or (out := attend()).isnan().any():  # a weight of 0 does not stop NaN
+        cache.masked_fill_(~seen[:, None, :, None], 0)
+        out = attend()
+    return out
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """q (..., M, D), k, v (..., L, D), seen (..., M, L), causal if None -> (..., M, D)."""
+    if q.is_cuda or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+    if seen is None:  # in bf16 on a CPU these lines run twice as fast, forward and backward
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf"))
+    return (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v
+
+
+# --- In Triton: no padding, and no (L, L) matrix in memory
+
+if triton:
+    LOG2E = constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and exp2 is the hardware's own
+    # BLOCK and STEP (see fused_attention), warps that run a program, pipeline stages of its loads
+    TILES = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 64, 4, 1)}
+    FP32_TILE = (32, 16, 4, 1)  # larger ones do not fit into the registers
+
+    @torch.library.custom_op("rlhf::attention", mutates_args=())
+    def fused_attention(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """-> o (T, H, D) and lse (H, T), log2 of the denominator of each query's softmax.
+
+        The GPU runs a kernel as thousands of programs, told apart by tl.program_id. One program
+        owns BLOCK queries of one head of one sequence and walks over their keys, STEP at a time.
+        All it needs stays on the chip: its scores are a (BLOCK, STEP) tile, never (L, L).
+
+        Online softmax: a query keeps its greatest score so far, top, and total = sum 2^(s - top),
+        acc = sum 2^(s - top) v. Before a tile that raises top is added, both are multiplied by
+        fade = 2^(old top - new top). In the end o = acc / total and lse = top + log2 total.
+
+        Backward, with do = dL/do and the weights recomputed tile by tile as p = 2^(s - lse):
+            ds = p (do v^T - delta), the gradient of the scores, where delta = sum_d do o
+            dq = ds k / sqrt(D)        dk = ds^T q / sqrt(D)        dv = p^T do
+        dq sums over keys, dk and dv over queries: hence two kernels. In the second a program owns
+        BLOCK keys and walks over queries. What a program sums is its own: no atomics, so the bits
+        are the same every run. It loads nothing past its sequence: not even NaN next door matters.
+        """
+        o, lse = empty_outputs(qkv)
+        launch("forward", forward_kernel, (qkv, o, lse), cu_seqlens, longest)
+        return o, lse
+
+    @torch.library.custom_op("rlhf::attention_backward", mutates_args=())
+    def fused_backward(
+        qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+        launch("dq", dq_kernel, (qkv, o, lse, do, delta, dqkv), cu_seqlens, longest)
+        launch("dkv", dkv_kernel, (qkv, lse, do, delta, dqkv), cu_seqlens, longest)
+        return dqkv
+
+    @torch.library.custom_op("rlhf::decode_attention", mutates_args={"cache"})
+    def fused_decode(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+        """A few rows would leave most of a GPU idle: then programs share a row's slots."""
+        (B, _, H, D), S = qkv.shape, cache.shape[3]
+        shares = max(1, min(1024 // (B * H), S // 128))
+        o = qkv.new_empty(B, shares, H, D, dtype=torch.float32 if shares > 1 else qkv.dtype)
+        lse = qkv.new_empty(B, shares, H, 1, dtype=torch.float32)
+        decode_kernel[B, H, shares](qkv, *cache, lengths, o, lse, S, H, D, STEP=32, num_warps=4)
+        return o[:, 0] if shares == 1 else (lse.softmax(1) * o).sum(1).to(qkv.dtype)
+
+    def launch(name: str, kernel, tensors: tuple[Tensor, ...], cu_seqlens: Tensor, longest: int):
+        """Runs a kernel for each block of each head of each sequence; tensors[0] is qkv."""
+        (_, _, H, D), B = tensors[0].shape, len(cu_seqlens) - 1
+        tile = FP32_TILE if tensors[0].dtype == torch.float32 else TILES[name]
+        BLOCK, STEP, warps, stages = tile
+        kernel[triton.cdiv(longest, BLOCK), H, B](
+            *tensors, cu_seqlens, H, D, BLOCK, STEP, num_warps=warps, num_stages=stages
+        )
+
+    def empty_outputs(qkv, *_):
+        T, _, H, D = qkv.shape
+        return qkv.new_empty(T, H, D), qkv.new_empty(H, T, dtype=torch.float32)
+
+    def save(ctx, inputs, output):
+        qkv, cu_seqlens, ctx.longest = inputs
+        ctx.save_for_backward(qkv, *output, cu_seqlens)
+
+    def backward(ctx, do, _):
+        qkv, o, lse, cu_seqlens = ctx.saved_tensors
+        return fused_backward(qkv, o, lse, do.contiguous(), cu_seqlens, ctx.longest), None, None
+
+    fused_attention.register_fake(empty_outputs)
+    fused_attention.register_autograd(backward, setup_context=save)
+    fused_backward.register_fake(lambda qkv, *_: torch.empty_like(qkv))
+    fused_decode.register_fake(lambda qkv, *_: qkv.new_empty(len(qkv), *qkv.shape[2:]))
+
+    @triton.jit
+    def load(base, i0, n, stride, ROWS, D):  # -> (ROWS, D)
+        """Rows i0 to i0 + ROWS of the (n, D) matrix at base, zeros past its end."""
+        i, d = i0 + tl.arange(0, ROWS)[:, None], tl.arange(0, triton.next_power_of_2(D))[None, :]
+        return tl.load(base + i * stride + d, mask=(i < n) & (d < D), other=0.0)
+
+    @triton.jit
+    def store(base, i0, n, stride, tile, D):
+        i, d = i0 + tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
+        tl.store(base + i * stride + d, tile.to(base.dtype.element_ty), mask=(i < n) & (d < D))
+
+    @triton.jit
+    def dot(a, b, acc=None):
+        """a b + acc in fp32; if a and b are fp32 too, by three tf32 products, nearly as exact."""
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+
+    @triton.jit
+    def scores(q, k, i0, j0):  # (M, D), (N, D) -> (M, N)
+        """q k^T of queries i0... and keys j0...; -inf where the key comes after the query."""
+        s = dot(q, k.T)
+        if i0 < j0 + k.shape[0] - 1:  # else no key does
+            i, j = i0 + tl.arange(0, q.shape[0]), j0 + tl.arange(0, k.shape[0])
+            s = tl.where(i[:, None] >= j[None, :], s, float("-inf"))
+        return s
+
+    @triton.jit
+    def weights(q, k, lse, i0, j0, D):  # -> (M, N)
+        """softmax(q k^T / sqrt(D)), given log2 of its denominators, lse (M,)."""
+        return tl.exp2(scores(q, k, i0, j0) * (LOG2E * D**-0.5) - lse[:, None])
+
+    @triton.jit
+    def locate(cu_seqlens, H, D):
+        """The length of this program's sequence, and where its head begins in qkv, o and lse."""
+        h, b = tl.program_id(1), tl.program_id(2)
+        first = tl.load(cu_seqlens + b).to(tl.int64)
+        n = (tl.load(cu_seqlens + b + 1) - first).to(tl.int32)
+        T = tl.load(cu_seqlens + tl.num_programs(2))
+        return n, (first * 3 * H + h) * D, (first * H + h) * D, h * T + first
+
+    @triton.jit
+    def forward_kernel(
+        qkv, o, lse, cu_seqlens, H: constexpr, D: constexpr, BLOCK: constexpr, STEP: constexpr
+    ):
+        n, at, at_o, at_lse = locate(cu_seqlens, H, D)
+        i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK  # the longest walks start first
+        if i0 >= n:
+            return
+        i = i0 + tl.arange(0, BLOCK)
+        q = load(qkv + at, i0, n, 3 * H * D, BLOCK, D)  # (BLOCK, D)
+        top = tl.full([BLOCK], float("-inf"), tl.float32)  # (BLOCK,)
+        total = tl.zeros([BLOCK], tl.float32)  # (BLOCK,)
+        acc = tl.zeros(q.shape, tl.float32)  # (BLOCK, D)
+        for j0 in range(0, tl.minimum(i0 + BLOCK, n), STEP):
+            k = load(qkv + at + H * D, j0, n, 3 * H * D, STEP, D)  # (STEP, D)
+            v = load(qkv + at + 2 * H * D, j0, n, 3 * H * D, STEP, D)  # (STEP, D)
+            s = scores(q, k, i0, j0)  # (BLOCK, STEP)
+            new_top = tl.maximum(top, tl.max(s, 1) * (LOG2E * D**-0.5))
+            p, fade = tl.exp2(s * (LOG2E * D**-0.5) - new_top[:, None]), tl.exp2(top - new_top)
+            acc = dot(p.to(v.dtype), v, acc * fade[:, None])
+            top, total = new_top, total * fade + tl.sum(p, 1)
+        store(o + at_o, i0, n, H * D, acc / total[:, None], D)
+        tl.store(lse + at_lse + i, top + tl.log2(total), mask=i < n)
+
+    @triton.jit
+    def dq_kernel(
+        qkv, o, lse, do, delta, dqkv, cu_seqlens,
+        H: constexpr, D: constexpr, BLOCK: constexpr, STEP: constexpr,
+    ):  # fmt: skip
+        n, at, at_o, at_lse = locate(cu_seqlens, H, D)
+        i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK
+        if i0 >= n:
+            return
+        i = i0 + tl.arange(0, BLOCK)
+        q = load(qkv + at, i0, n, 3 * H * D, BLOCK, D)  # (BLOCK, D)
+        o_i = load(o + at_o, i0, n, H * D, BLOCK, D)  # (BLOCK, D)
+        do_i = load(do + at_o, i0, n, H * D, BLOCK, D)  # (BLOCK, D)
+        lse_i = tl.load(lse + at_lse + i, mask=i < n, other=0.0)  # (BLOCK,)
+        delta_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)  # (BLOCK,)
+        tl.store(delta + at_lse + i, delta_i, mask=i < n)  # for dkv_kernel
+        dq = tl.zeros(q.shape, tl.float32)  # (BLOCK, D)
+        for j0 in range(0, tl.minimum(i0 + BLOCK, n), STEP):
+            k = load(qkv + at + H * D, j0, n, 3 * H * D, STEP, D)  # (STEP, D)
+            v = load(qkv + at + 2 * H * D, j0, n, 3 * H * D, STEP, D)  # (STEP, D)
+            p = weights(q, k, lse_i, i0, j0, D)  # (BLOCK, STEP)
+            ds = p * (dot(do_i, v.T) - delta_i[:, None])  # (BLOCK, STEP)
+            dq = dot(ds.to(k.dtype), k, dq)
+        store(dqkv + at, i0, n, 3 * H * D, dq * D**-0.5, D)
+
+    @triton.jit
+    def dkv_kernel(
+        qkv, lse, do, delta, dqkv, cu_seqlens,
+        H: constexpr, D: constexpr, BLOCK: constexpr, STEP: constexpr,
+    ):  # fmt: skip
+        n, at, at_o, at_lse = locate(cu_seqlens, H, D)
+        j0 = tl.program_id(0) * BLOCK
+        if j0 >= n:
+            return
+        k = load(qkv + at + H * D, j0, n, 3 * H * D, BLOCK, D)  # (BLOCK, D)
+        v = load(qkv + at + 2 * H * D, j0, n, 3 * H * D, BLOCK, D)  # (BLOCK, D)
+        dk, dv = tl.zeros(k.shape, tl.float32), tl.zeros(v.shape, tl.float32)  # (BLOCK, D) each
+        for i0 in range(j0, n, STEP):
+            i = i0 + tl.arange(0, STEP)
+            q = load(qkv + at, i0, n, 3 * H * D, STEP, D)  # (STEP, D)
+            do_i = load(do + at_o, i0, n, H * D, STEP, D)  # (STEP, D)
+            lse_i = tl.load(lse + at_lse + i, mask=i < n, other=0.0)  # (STEP,)
+            delta_i = tl.load(delta + at_lse + i, mask=i < n, other=0.0)  # (STEP,)
+            p = weights(q, k, lse_i, i0, j0, D)  # (STEP, BLOCK)
+            dv = dot(p.to(q.dtype).T, do_i, dv)
+            ds = p * (dot(do_i, v.T) - delta_i[:, None])  # (STEP, BLOCK)
+            dk = dot(ds.to(q.dtype).T, q, dk)
+        store(dqkv + at + H * D, j0, n, 3 * H * D, dk * D**-0.5, D)
+        store(dqkv + at + 2 * H * D, j0, n, 3 * H * D, dv, D)
+
+    @triton.jit
+    def decode_kernel(
+        qkv, keys, values, lengths, o, lse, S, H: constexpr, D: constexpr, STEP: constexpr
+    ):
+        """Each of STEP lanes is an online softmax of its own over every STEPth slot, so that
+        threads need not wait for each other. The new token opens the first lane of share 0."""
+        b, h, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        n, lane = tl.load(lengths + b).to(tl.int32), tl.arange(0, STEP)
+        new, row = qkv + (b * 3 * H + h) * D, (b * H + h).to(tl.int64) * S * D
+        q = load(new, 0, 1, 0, 1, D).to(tl.float32) * (LOG2E * D**-0.5)  # (1, D)
+        k, v = load(new + H * D, 0, 1, 0, 1, D), load(new + 2 * H * D, 0, 1, 0, 1, D)  # (1, D)
+        if share == 0:
+            store(keys + row, n, S, D, k, D)
+            store(values + row, n, S, D, v, D)
+        opens = (lane == 0) & (share == 0)  # (STEP,)
+        top = tl.where(opens, tl.sum(q * k.to(tl.float32)), -1e30)  # -inf - -inf would be NaN
+        total = tl.where(opens, 1.0, 0.0)  # (STEP,)
+        acc = tl.where(opens[:, None], v.to(tl.float32), 0.0)  # (STEP, D)
+        slots = tl.cdiv(tl.cdiv(n, tl.num_programs(2)), STEP) * STEP  # in a share
+        for j0 in range(share * slots, tl.minimum((share + 1) * slots, n), STEP):
+            k_j = load(keys + row, j0, n, D, STEP, D).to(tl.float32)  # (STEP, D)
+            v_j = load(values + row, j0, n, D, STEP, D).to(tl.float32)  # (STEP, D)
+            s = tl.where(j0 + lane < n, tl.sum(q * k_j, 1), float("-inf"))  # (STEP,)
+            new_top = tl.maximum(top, s)
+            p, fade = tl.exp2(s - new_top), tl.exp2(top - new_top)
+            acc = acc * fade[:, None] + p[:, None] * v_j
+            top, total = new_top, total * fade + p
+        weight = tl.exp2(top - tl.max(top, 0))  # (STEP,) of each lane in the sum of them all
+        total = tl.maximum(tl.sum(weight * total, 0), 1e-37)  # a share may be empty
+        out = tl.sum(weight[:, None] * acc, 0, keep_dims=True) / total  # (1, D)
+        part = (b * tl.num_programs(2) + share) * H + h
+        store(o + part * D, 0, 1, 0, out, D)
+        tl.store(lse + part, (tl.max(top, 0) + tl.log2(total)) / LOG2E)
+
+
+# --------------------------------------------------------------------------------------------------
+# The ragged batch
+
+
+@dataclass
+class Batch:
+    """B sequences, prompt + response each, end to end: T tokens, N of them response tokens."""
+
+    tokens: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B + 1,) int32: sequence b is tokens[cu_seqlens[b]:cu_seqlens[b + 1]]
+    is_response: Tensor  # (T,) bool: true on response tokens, end-of-text included
+    longest: int  # length of the longest sequence
+
+    def __post_init__(self) -> None:
+        T, starts = len(self.tokens), self.cu_seqlens.long()
+        before = F.pad(self.is_response.cumsum(0), (1, 0))  # (T + 1,) response tokens before i
+        self.where = self.is_response.nonzero()[:, 0] - 1  # (N,) the position that decided token n
+        self.lengths = before[starts].diff()  # (B,) response lengths, sum N
+        first = starts[:-1].repeat_interleave(starts.diff(), output_size=T)
+        self.positions = torch.arange(T, device=first.device) - first  # (T,) within its sequence
+        self.groups = length_groups(self.cu_seqlens)
+
+
+def pack(prompts: list[list[int]], responses: list[list[int]], device: str = "cpu") -> Batch:
+    """Lays B prompts and their responses end to end. ValueError for an empty prompt."""
+    if not all(prompts):
+        raise ValueError("an empty prompt decides nothing; give every prompt at least one token")
+    pairs = list(zip(prompts, responses, strict=True))
+    tokens = torch.tensor([t for p, r in pairs for t in p + r])
+    sizes = torch.tensor([n for p, r in pairs for n in (len(p), len(r))])  # (2B,) alternating
+    is_response = torch.tensor([False, True]).repeat(len(pairs)).repeat_interleave(sizes)
+    lengths = sizes.view(-1, 2).sum(1)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    tensors = (t.to(device) for t in (tokens, cu_seqlens, is_response))
+    return Batch(*tensors, longest=int(lengths.max()))
+
+
+# --------------------------------------------------------------------------------------------------
+# GPT-2
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int  # the longest sequence
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0  # of embeddings and residual branches, as GPT-2's resid_pdrop
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (T, 3, H, D)
+        return self.c_proj(attend(qkv).flatten(-2))  # (T, H, D) -> (T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as GPT-2
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:  # (T, C) -> (T, C)
+        x = x + self.drop(self.attn(self.ln_1(x), attend))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 with GPT-2's parameter names, so that weights load by name; the head is tied to wte."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # 1/sqrt(C) where GPT-2 has 0.02, which suits C = 2,500: with 0.02 a narrow model
+                # takes three times the steps to learn to copy a word from its prompt
+                nn.init.normal_(p, std=0.02 if name == "wpe.weight" else config.n_embd**-0.5)
+                if "c_proj" in name:  # as GPT-2: residual branches start smaller
+                    p.data /= (2 * config.n_layer) ** 0.5
+
+    def forward(self, batch: Batch) -> Tensor:  # -> hidden (T, C)
+        if batch.longest > self.config.block_size:
+            raise ValueError(
+                f"{batch.longest} tokens do not fit into block_size={self.config.block_size}; "
+                "shorten the prompts or train with a larger --block_size"
+            )
+        return self.body(
+            batch.tokens,
+            batch.positions,
+            lambda _, qkv: attention(qkv, batch.cu_seqlens, batch.longest, batch.groups),
+        )
+
+    def body(self, tokens: Tensor, positions: Tensor, attend: Callable) -> Tensor:
+        """(T,), (T,) -> hidden (T, C); attend(layer, qkv (T, 3, H, D)) -> (T, H, D)."""
+        x = self.drop(self.wte(tokens) + self.wpe(positions))
+        for layer, block in enumerate(self.h):
+            x = block(x, functools.partial(attend, layer))
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return F.linear(hidden, self.wte.weight)
+
+    @classmethod
+    def load(cls, folder: str, dropout: float = 0.0) -> "GPT":
+        """The language model of a stage's folder."""
+        saved = load_checkpoint(folder)
+        model = cls(GPTConfig(**saved["gpt"] | {"dropout": dropout}))
+        model.load_state_dict(saved["model"])
+        return model
+
+
+class ScalarModel(nn.Module):
+    """A copy of a GPT's body with one linear head: the reward model and the value model."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = copy.deepcopy(gpt)
+        self.head = nn.Linear(gpt.config.n_embd, 1)
+        # std 1/sqrt(C + 1): Stiennon et al. 2020, appendix B.1, as summarize-from-feedback codes it
+        nn.init.normal_(self.head.weight, std=(gpt.config.n_embd + 1) ** -0.5)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def load(cls, folder: str) -> "ScalarModel":
+        """The reward model of a stage's folder."""
+        saved = load_checkpoint(folder)
+        model = cls(GPT(GPTConfig(**saved["gpt"])))
+        model.load_state_dict(saved["model"])
+        return model
+
+    def forward(self, batch: Batch) -> Tensor:  # -> (T,)
+        return self.head(self.gpt(batch)).squeeze(-1).float()
+
+    def values(self, batch: Batch) -> Tensor:  # -> (N,) value of the state before response token n
+        return self.head(self.gpt(batch)[batch.where]).squeeze(-1).float()
+
+    def score(self, batch: Batch) -> Tensor:  # -> (B,) read at the last token of each sequence
+        return self.head(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1]).squeeze(-1).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring and sampling
+
+LOGITS_AT_ONCE = 2**24  # logits held at a time when scoring: 64 MB in fp32
+
+
+def token_logprobs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log pi(token | all before) of every response token, and the entropy of pi there: (N,), (N,).
+
+    Entropy carries no gradient: InstructGPT has no entropy bonus.
+    """
+    hidden, tokens = model(batch)[batch.where], batch.tokens[batch.where + 1]
+    return chunked_logprobs(hidden, model.wte.weight, tokens, temperature)
+
+
+def chunked_logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """hidden (N, C), weight (V, C), tokens (N,) -> log-probabilities (N,), entropy (N,).
+
+    The head sees a chunk of positions at a time and is computed anew in the backward pass, so that
+    no more than LOGITS_AT_ONCE logits ever exist.
+    """
+    chunk = max(1, LOGITS_AT_ONCE // len(weight))
+    if len(tokens) <= chunk:
+        return _logprobs(hidden, weight, tokens, temperature)
+    parts = [
+        checkpoint(_logprobs, h, weight, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
+    ]
+    logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+    return logprobs, entropy
+
+
+def _logprobs(hidden, weight, tokens, temperature):
+    logprobs = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (n, V)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) -> Tensor:
+    """One token per row by inverting the cumulative distribution: (B, V), (B,) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    cdf = logits.softmax(-1).cumsum(-1)
+    total = cdf[:, -1:]
+    # strictly below the total, so that a token of probability 0 at the end is never drawn
+    level = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, level, right=True)[:, 0]
+
+
+def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
+    """Writes keys and values of prompt r to cache row r; returns the last hidden states (B, C)."""
+    batch = pack(prompts, [[]] * len(prompts), device=cache.device)
+    rows = torch.arange(len(prompts), device=cache.device)
+    rows = rows.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.tokens))  # (T,)
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        cache[layer][:, rows, :, batch.positions] = qkv[:, 1:].to(cache.dtype)  # (T, 2, H, D)
+        return attention(qkv, batch.cu_seqlens, batch.longest, batch.groups)
+
+    return model.body(batch.tokens, batch.positions, attend)[batch.cu_seqlens[1:].long() - 1]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    eos_token: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
+    max_rows: int = 256,
+) -> list[list[int]]:
+    """Samples a response to every prompt: tokens up to and with eos_token, or max_new_tokens.
+
+    Prompts of all lengths decode together, each row against its own stretch of the key-value cache.
+    The last live row moves into the hole a finished one leaves; waiting prompts follow when there
+    are more than max_rows. Token t of prompt b is drawn with uniform[b, t], whatever its row.
+    ValueError if the longest prompt and max_new_tokens exceed block_size.
+    """
+    config, device = model.config, model.wte.weight.device
+    S = max(map(len, prompts)) + max_new_tokens
+    if S > config.block_size:
+        raise ValueError(
+            f"longest prompt + max_new_tokens = {S} exceeds block_size={config.block_size}; "
+            "shorten the prompts or lower max_new_tokens"
+        )
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    R, H, D = min(max_rows, len(prompts)), config.n_head, config.n_embd // config.n_head
+    cache = model.wte.weight.new_zeros(config.n_layer, 2, R, H, S, D)
+    responses: list[list[int]] = [[] for _ in prompts]
+    hidden = model.wte.weight.new_empty(0, config.n_embd)  # (live, C) decides each row's next token
+    who = lengths = torch.empty(0, dtype=torch.long, device=device)  # (live,) prompt; cached tokens
+    admitted, training = 0, model.training
+    model.eval()
+    while len(who) or admitted < len(prompts):
+        if admitted < len(prompts) and len(who) <= R * 3 // 4:  # in bulk, not one at a time
+            new = prompts[admitted : admitted + R - len(who)]
+            hidden = torch.cat([hidden, prefill(model, new, cache[:, :, len(who) :])])
+            who = torch.cat([who, torch.arange(admitted, admitted + len(new), device=device)])
+            lengths = torch.cat([lengths, torch.tensor([len(p) for p in new], device=device)])
+            admitted += len(new)
+        step = torch.tensor([len(responses[b]) for b in who.tolist()], device=device)
+        tokens = draw(model.logits(hidden), uniform[who, step], temperature, top_k)  # (live,)
+        for b, token in zip(who.tolist(), tokens.tolist(), strict=True):
+            responses[b].append(token)
+        alive = (tokens != eos_token) & (step + 1 < max_new_tokens)
+        live = int(alive.sum())
+        holes, movers = (~alive[:live]).nonzero()[:, 0], alive[live:].nonzero()[:, 0] + live
+        for x in (who, lengths, tokens, *cache.flatten(0, 1)):
+            x[holes] = x[movers]
+        who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
+        if live:
+            hidden = model.body(
+                tokens,
+                lengths,
+                lambda layer, qkv: decode_attention(qkv, cache[layer][:, :live], lengths),  # noqa: B023
+            )
+            lengths = lengths + 1
+        else:
+            hidden = hidden[:0]
+    model.train(training)
+    return responses
+
+
+# --------------------------------------------------------------------------------------------------
+# The harness the stages share: skip on first reading
+
+
+@dataclass
+class RunConfig:
+    """The flags of every stage; a field's trailing comment is its --help."""
+
+    seed: int = 0  # every random number is a function of (seed, stage, step)
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    dtype: str = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
+    max_tokens: int = 16384  # tokens in one network pass: lower it when memory runs out
+    save_every: int = 100  # steps between checkpoints
+    resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
+
+
+def parse(config_class: type, argv: list[str] | None = None) -> RunConfig:
+    """The command line of a dataclass: --name for each field, its trailing comment as help."""
+    helps: dict[str, str] = {}
+    for c in config_class.__mro__[:-1]:
+        helps |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(c), re.MULTILINE))
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(config_class):
+        flag: dict = {"default": field.default, "type": field.type}
+        if field.type is bool:
+            flag = {"default": field.default, "action": argparse.BooleanOptionalAction}
+        help = f"{helps[field.name]} (default: {field.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=help, **flag)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def command(main: Callable[[Any], dict], config_class: type, argv: list[str] | None = None) -> None:
+    """Runs a stage from the command line; a wrong value or file is one line and exit status 2."""
+    try:
+        main(parse(config_class, argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def precision(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Runs main(config) under the autocast of --dtype: the one place that decides precision."""
+
+    @functools.wraps(main)
+    def wrapped(config: RunConfig) -> dict:
+        if config.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype {config.dtype} is unknown; choose float32 or bfloat16")
+        device, low = resolve_device(config.device).type, config.dtype == "bfloat16"
+        # no cache of cast weights: it would outlive an optimiser step
+        with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
+            return main(config)
+
+    return wrapped
+
+
+def seed_of(*place: int | str) -> int:
+    """A 63-bit seed that is a function of the place alone, e.g. (seed, stage, step)."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()) >> 1
+
+
+def generator(*place: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*place))
+
+
+def shuffled(items: Sequence, *place: int | str) -> list:
+    order = torch.randperm(len(items), generator=generator(*place))
+    return [items[i] for i in order.tolist()]
+
+
+def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Cuts the sequences 0..B-1 into runs of at most max_tokens tokens, or of one sequence."""
+    parts: list[list[int]] = []
+    room = 0
+    for b, n in enumerate(lengths):
+        if not parts or n > room:
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(b)
+        room -= n
+    return parts
+
+
+def batches(prompts: list[list[int]], responses: list[list[int]], config: RunConfig):
+    """Yields the sequences in order as ragged batches of at most config.max_tokens tokens."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    for part in split_by_tokens(lengths, config.max_tokens):
+        device = resolve_device(config.device)
+        yield pack([prompts[b] for b in part], [responses[b] for b in part], device)
+
+
+def adam(models: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
+    """One optimiser for all (model, peak learning rate): InstructGPT's betas, no weight decay."""
+    groups = [{"params": list(m.parameters()), "lr": lr, "peak_lr": lr} for m, lr in models]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+
+
+def lr_schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak: linear warm-up over `warmup` steps, then cosine decay to a tenth."""
+    progress = max(0.0, (step - warmup) / max(1, steps - warmup))
+    return min(1.0, (step + 1) / (warmup + 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[tuple[Tensor, int]],
+    total: int,
+    lr: float = 1.0,
+    clip: float = 1.0,
+) -> tuple[float, list[float]]:
+    """One step on sum_i loss_i n_i / total, where loss_i is a mean over n_i of `total` tokens.
+
+    So the gradient does not depend on how a batch is cut into micro-batches. `lr` is the share of
+    the peak learning rate; each model's gradient is clipped to norm `clip`. Returns the loss and
+    the norms before clipping. ValueError if either is not finite: the weights are left as they are.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = 0.0
+    for loss, n in losses:
+        (loss * (n / total)).backward()
+        loss_sum += loss.item() * n / total
+    groups = optimizer.param_groups
+    norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
+    if not all(map(math.isfinite, (loss_sum, *norms))):
+        raise ValueError(f"loss {loss_sum}, gradient norm {norms}; try a lower learning rate")
+    for group in groups:
+        group["lr"] = group["peak_lr"] * lr
+    optimizer.step()
+    return loss_sum, norms
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half-width of its 95 % interval (normal approximation)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
+
+
+@dataclass
+class Codec:
+    """Text to tokens and back: a tokenizer, and the template a prompt is put into."""
+
+    tokenizer: tiktoken.Encoding
+    template: str
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise ValueError(f"the template {self.template!r} has no place for the {{prompt}}")
+        self.template = self.template.replace("\\n", "\n")  # as it is typed in a shell
+        self.eos = self.tokenizer.eot_token
+
+    def prompt(self, text: str) -> list[int]:
+        return self.tokenizer.encode_ordinary(self.template.replace("{prompt}", text))
+
+    def response(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode_ordinary(text), self.eos]
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode([t for t in tokens if t != self.eos])
+
+    def state_dict(self) -> dict:
+        return {"tokenizer": to_state(self.tokenizer), "template": self.template}
+
+    @classmethod
+    def load(cls, folder: str) -> "Codec":
+        """The codec of a stage's folder."""
+        state = load_checkpoint(folder)["codec"]
+        return cls(from_state(state["tokenizer"]), state["template"])
+
+
+def fit(prompt: list[int], response: list[int], block_size: int) -> tuple[list[int], list[int]]:
+    """The pair with its prompt cut from the left until both fit; the response is never cut."""
+    room = block_size - len(response)
+    if room < 1:
+        raise ValueError(f"{len(response)} tokens of response need a larger --block_size")
+    return prompt[-room:], response
+
+
+def load_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint in a stage's folder. FileNotFoundError names the command that makes it."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        maker = {"base": "sft.py", "sft": "sft.py", "reward": "reward.py"}
+        raise FileNotFoundError(
+            f"{path} does not exist; `python {maker.get(path.parent.name, 'ppo.py')}` makes it"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of ours ({type(error).__name__})") from None
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """Writes a file under a temporary name and renames it when it is complete and on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """A stage's folder: config.json, metrics.jsonl, samples.txt and an exact checkpoint.pt.
+
+    `state` names all that has a state_dict; later stages load "model".
+    """
+
+    def __init__(
+        self, stage: str, config: RunConfig, folder: str, gpt: GPTConfig, codec: Codec, **state: Any
+    ):
+        self.stage, self.config, self.folder = stage, config, Path(folder)
+        self.gpt, self.codec, self.state = gpt, codec, state
+        self.step, self.metrics = 0, {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = [self.folder / "metrics.jsonl", self.folder / "samples.txt"]
+        resumed = config.resume and (self.folder / "checkpoint.pt").exists()
+        sizes = self._restore() if resumed else [0] * len(self.files)
+        for path, size in zip(self.files, sizes, strict=True):
+            with open(path, "ab") as file:
+                file.truncate(size)  # what came after the checkpoint is done again
+        text = json.dumps(dataclasses.asdict(config), indent=1).encode()
+        write_atomically(self.folder / "config.json", lambda file: file.write(text))
+
+    def _restore(self) -> list[int]:
+        saved, ours = load_checkpoint(self.folder), dataclasses.asdict(self.config)
+        for name, value in saved["config"].items():
+            if name not in ("resume", "save_every") and ours.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} was made with --{name} {value}, not {ours.get(name)}; "
+                    "resume it with the same value, or choose another folder"
+                )
+        for name, thing in self.state.items():
+            thing.load_state_dict(saved["model"] if name == "model" else saved["training"][name])
+        self.step, self.metrics = saved["step"], saved["metrics"]
+        return saved["sizes"]
+
+    def save(self) -> None:
+        state = {name: thing.state_dict() for name, thing in self.state.items()}
+        checkpoint = {
+            "stage": self.stage,
+            "config": dataclasses.asdict(self.config),
+            "gpt": dataclasses.asdict(self.gpt),
+            "codec": self.codec.state_dict(),
+            "step": self.step,
+            "metrics": self.metrics,
+            "sizes": [path.stat().st_size for path in self.files],
+            "model": state.pop("model"),
+            "training": state,
+        }
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that remain, behind a progress bar; what a step logs is written as it ends."""
+        bar = tqdm(range(self.step, total), self.stage, total, initial=self.step)
+        for step in bar:
+            self.metrics = {"step": step}
+            yield step
+            with open(self.files[0], "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.metrics) + "\n")
+            shown = [f"{name.split('/')[-1]} {self.metrics[name]:.3g}" for name in self.shown]
+            bar.set_postfix_str(", ".join(shown))
+            self.step = step + 1
+            if self.step % self.config.save_every == 0 or self.step == total:
+                self.save()
+
+    def log(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
+        """Metrics of this step, for metrics.jsonl; the shown ones stand behind the bar."""
+        self.metrics |= metrics
+        self.shown = [name for name in shown or metrics if name in metrics][:6]
+
+    def sample(self, *lines: str) -> None:
+        """A block of text for a person to read, appended to samples.txt."""
+        with open(self.files[1], "a", encoding="utf-8") as file:
+            file.write("\n".join(map(printable, lines)) + "\n\n")
