@@ -1,0 +1,545 @@
+"""Stage 3: proximal policy optimisation against the reward model (InstructGPT, section 3.5).
+
+The policy starts as the fine-tuned model. Every iteration it answers a batch of prompts; the reward
+model scores each response, a penalty per token holds the policy near the fine-tuned model, and PPO
+(Schulman et al. 2017) raises the advantages that GAE (Schulman et al. 2016) reads off a value
+model, which starts as the reward model. Then all models answer prompts that none has seen, side by
+side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO without and with KL.
+
+    python ppo.py                              # train with and without the KL penalty, compare
+    python ppo.py --kl_coef 0.3 --no-ablation  # a tighter leash, and no second run
+    python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
+
+Left out of the paper: the pretraining gradients of PPO-ptx, and the moving average of the weights.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import toy
+from data.records import load_prompts, printable
+from model import (
+    GPT,
+    Codec,
+    Run,
+    RunConfig,
+    ScalarModel,
+    adam,
+    batches,
+    command,
+    generate,
+    generator,
+    lr_schedule,
+    mean_and_interval,
+    optimizer_step,
+    precision,
+    resolve_device,
+    shuffled,
+    token_logprobs,
+    write_atomically,
+)
+
+
+@dataclass
+class Config(RunConfig):
+    out: str = "out/ppo"  # run folder; the run without a KL penalty has <out>_no_kl
+    sft: str = "out/sft"  # folder of the fine-tuned model: the policy and its reference
+    reward_model: str = "out/reward"  # folder of the reward model, where the value model starts
+    base: str = "out/base"  # folder of the base model, for the comparison alone
+    prompts: str = "toy"  # toy, or a .jsonl file of prompts
+    iterations: int = 50  # rollouts, each followed by ppo_epochs passes over it
+    batch_size: int = 64  # prompts in a rollout (InstructGPT: 512)
+    minibatch_size: int = 32  # prompts in an optimiser step (InstructGPT: 64)
+    ppo_epochs: int = 4  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
+    lr: float = 6e-4  # peak learning rate of the policy
+    value_lr: float = 1e-3  # peak learning rate of the value model
+    warmup: int = 5  # iterations until the learning rates peak; then cosine to a tenth
+    kl_coef: float = 0.2  # weight of the KL penalty (InstructGPT's beta, there 0.02)
+    kl_target: float = 0.0  # nats a response: adapt kl_coef to reach this KL; 0 leaves it fixed
+    kl_horizon: int = 10000  # episodes in which an adaptive kl_coef changes by a factor e at most
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # GAE's lambda: 0 trusts the value model, 1 the observed returns
+    cliprange: float = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
+    cliprange_value: float = 0.2  # likewise for the value model's change
+    temperature: float = 1.0  # of sampling, and of the log-probabilities that PPO compares
+    max_new_tokens: int = 80  # longest response
+    missing_eos_score: float = -1.0  # the score of a response that does not end
+    ablation: bool = True  # also train without the KL penalty
+    eval_prompts: int = 300  # held-out prompts of the comparison
+    split: str = "test"  # toy prompts of the comparison: test; dev while you tune
+
+
+# --------------------------------------------------------------------------------------------------
+# The objective. Vectors (N,) run over the response tokens of B responses, whose lengths (B,) sum to
+# N; scores are (B,).
+
+
+def kl_penalised_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, kl_coef: float
+) -> Tensor:
+    """r_t = -kl_coef (log pi(a_t) - log pi_ref(a_t)), plus the score at the last token: (N,).
+
+    The terms of InstructGPT's equation 2 spread over tokens, as in Ziegler et al. 2019.
+    """
+    rewards = -kl_coef * (logprobs - ref_logprobs)
+    return rewards.index_add(0, lengths.cumsum(0) - 1, scores)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """A_t = delta_t + gamma lam A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t; and R = A + V: (N,).
+
+    Generalised advantage estimation (Schulman et al. 2016, equation 16). A response ends after its
+    last token: V_{t+1} and A_{t+1} are 0 there, whatever follows in the batch.
+    """
+    last = set((lengths.cumsum(0) - 1).tolist())
+    r, v, advantages = rewards.tolist(), values.tolist(), [0.0] * len(rewards)
+    for t in reversed(range(len(r))):
+        next_value, next_advantage = (0.0, 0.0) if t in last else (v[t + 1], advantages[t + 1])
+        delta = r[t] + gamma * next_value - v[t]
+        advantages[t] = delta + gamma * lam * next_advantage
+    result = torch.tensor(advantages, dtype=values.dtype, device=values.device)
+    return result, result + values.detach()
+
+
+def adapt_kl_coef(
+    kl_coef: float, kl: float, n_episodes: int, target: float, horizon: float
+) -> float:
+    """kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) n_episodes / horizon) (Ziegler 2019, 2.2).
+
+    kl: mean over the batch's n_episodes responses of their summed log pi - log pi_ref.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * n_episodes / horizon)
+
+
+def whiten(x: Tensor, shift_mean: bool = True) -> Tensor:
+    """x with variance 1 over all tokens and, if shift_mean, with mean 0: (N,) -> (N,)."""
+    mean, variance = x.mean(), x.var(unbiased=False)  # biased, as lm-human-preferences
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+) -> Tensor:
+    """mean max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (PPO, equation 7): ()."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.max(-advantages * ratio, -advantages * clipped).mean()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
+) -> Tensor:
+    """1/2 mean max((V - R)^2, (V_old + clip(V - V_old) - R)^2), as lm-human-preferences: ()."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# An iteration: sample, score, penalise, update
+
+
+@dataclass
+class Models:
+    policy: GPT
+    ref_policy: GPT
+    reward_model: ScalarModel
+    value_model: ScalarModel
+    codec: Codec
+
+
+@dataclass
+class Penalty:
+    """The KL coefficient in force; part of the checkpoint, since it may adapt."""
+
+    kl_coef: float
+
+    def state_dict(self) -> dict[str, float]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.kl_coef = state["kl_coef"]
+
+
+@dataclass
+class Rollout:
+    """B sampled responses, and all that is known about them before the first update."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    lengths: Tensor  # (B,)
+    ended: Tensor  # (B,) 1 where end-of-text was sampled
+    scores: Tensor  # (B,)
+    old_logprobs: Tensor  # (N,), like all below
+    ref_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@torch.no_grad()
+def sample_and_score(
+    models: Models,
+    prompts: list[list[int]],
+    config: Config,
+    kl_coef: float,
+    seed: torch.Generator,
+) -> Rollout:
+    eos, temperature = models.codec.eos, config.temperature
+    new = config.max_new_tokens
+    responses = generate(models.policy, prompts, new, eos, temperature, generator=seed)
+    parts = []
+    for batch in batches(prompts, responses, config):
+        # by the forward pass that also trains, so that the first ratio is exactly 1
+        logprobs, _ = token_logprobs(models.policy, batch, temperature)
+        ref_logprobs, _ = token_logprobs(models.ref_policy, batch, temperature)
+        values, scores = models.value_model.values(batch), models.reward_model.score(batch)
+        parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
+    lengths, scores, logprobs, ref_logprobs, values = map(torch.cat, zip(*parts, strict=True))
+    ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
+    scores = torch.where(ended == 1, scores, config.missing_eos_score)
+    rewards = kl_penalised_rewards(scores, logprobs, ref_logprobs, lengths, kl_coef)
+    advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
+    known = (lengths, ended, scores, logprobs, ref_logprobs, values, whiten(advantages), returns)
+    return Rollout(prompts, responses, *known)
+
+
+def update(
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    config: Config,
+    lr: float,
+    seed: tuple[int | str, ...],
+) -> dict[str, float]:
+    """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics."""
+    columns = (rollout.old_logprobs, rollout.advantages, rollout.old_values, rollout.returns)
+    known = torch.stack(columns, dim=1).split(rollout.lengths.tolist())  # B times (L, 4)
+    stats: list[dict[str, float]] = []
+    for epoch in range(config.ppo_epochs):
+        order = shuffled(range(len(known)), *seed, epoch)
+        for i in range(0, len(order), config.minibatch_size):
+            chosen = order[i : i + config.minibatch_size]
+            losses = minibatch_losses(models, rollout, known, chosen, config, stats)
+            total = sum(len(known[b]) for b in chosen)
+            _, norms = optimizer_step(optimizer, losses, total, lr)
+            stats[-1] |= {"grad_norm": norms[0], "value/grad_norm": norms[1]}
+    names = stats[-1]
+    return {name: sum(s[name] for s in stats if name in s) / len(stats) for name in names}
+
+
+def minibatch_losses(
+    models: Models,
+    rollout: Rollout,
+    known: tuple[Tensor, ...],
+    chosen: list[int],
+    config: Config,
+    stats: list[dict[str, float]],
+) -> Iterator[tuple[Tensor, int]]:
+    """The loss of each micro-batch of the chosen responses, and its number of tokens."""
+    prompts, responses = ([x[b] for b in chosen] for x in (rollout.prompts, rollout.responses))
+    rows, at = torch.cat([known[b] for b in chosen]), 0  # (n, 4)
+    for batch in batches(prompts, responses, config):
+        n = len(batch.where)
+        old_logprobs, advantages, old_values, returns = rows[at : at + n].unbind(1)
+        logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
+        values = models.value_model.values(batch)
+        policy = policy_loss(logprobs, old_logprobs, advantages, config.cliprange)
+        value = value_loss(values, old_values, returns, config.cliprange_value)
+        log_ratio = (logprobs - old_logprobs).detach()
+        ratio = log_ratio.exp()
+        stats.append({
+            "policy/loss": policy.item(),
+            "policy/approx_kl": (ratio - 1 - log_ratio).mean().item(),  # k3 (Schulman 2020)
+            "policy/clipfrac": ((ratio - 1).abs() > config.cliprange).float().mean().item(),
+            "policy/entropy": entropy.mean().item(),
+            "value/loss": value.item(),
+        })  # fmt: skip
+        yield policy + value, n  # no weight between them: they share no parameter
+        at += n
+
+
+def train(config: Config, name: str) -> GPT:
+    """InstructGPT's third stage. Returns the policy, which is also in config.out."""
+    device = resolve_device(config.device)
+    models = Models(
+        policy=GPT.load(config.sft).to(device).eval(),  # eval: no dropout anywhere in RL
+        ref_policy=GPT.load(config.sft).to(device).eval(),
+        reward_model=ScalarModel.load(config.reward_model).to(device).eval(),
+        value_model=ScalarModel.load(config.reward_model).to(device).eval(),
+        codec=Codec.load(config.sft),
+    )
+    policy, value_model, codec = models.policy, models.value_model, models.codec
+    optimizer = adam([(policy, config.lr), (value_model, config.value_lr)])
+    penalty = Penalty(config.kl_coef)
+    state = {"model": policy, "value_model": value_model, "optimizer": optimizer}
+    state["penalty"] = penalty
+    run = Run(name, config, config.out, policy.config, codec, **state)
+    texts = training_prompts(config)
+    for step in run.steps(config.iterations):
+        start, seed = time.time(), (config.seed, name, step)
+        first = step * config.batch_size
+        asked = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
+        prompts = encode_prompts(asked, codec, config, policy.config.block_size)
+        rollout = sample_and_score(models, prompts, config, penalty.kl_coef, generator(*seed))
+        lr = lr_schedule(step, config.iterations, config.warmup)
+        metrics = summary(rollout, penalty.kl_coef)
+        metrics |= update(models, optimizer, rollout, config, lr, seed)
+        metrics |= {"lr": lr * config.lr, "kl_coef": penalty.kl_coef}
+        if config.kl_target:
+            kl, n = metrics["objective/kl"], len(prompts)
+            penalty.kl_coef = adapt_kl_coef(
+                penalty.kl_coef, kl, n, config.kl_target, config.kl_horizon
+            )
+        metrics["tokens_per_second"] = len(rollout.returns) / (time.time() - start)
+        answers = [codec.text(tokens) for tokens in rollout.responses]
+        if config.prompts == "toy":  # the hidden rubric: for the reader, no model sees it
+            pairs = zip(asked, answers, strict=True)
+            metrics["objective/gold"] = sum(toy.gold(*pair) for pair in pairs) / len(asked)
+        shown = ("score", "gold", "kl", "length", "eos_rate")
+        run.log(metrics, shown=[f"objective/{x}" for x in shown])
+        if step % 10 == 0 or step == config.iterations - 1:
+            for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
+                run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
+    return policy
+
+
+def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """What the policy did in this rollout; sums are over a response's tokens, in nats."""
+    kl = (rollout.old_logprobs - rollout.ref_logprobs).sum() / len(rollout.prompts)
+    score, returns = rollout.scores.mean(), rollout.returns
+    unexplained = (returns - rollout.old_values).var() / returns.var()
+    found = {
+        "objective/score": score,
+        "objective/kl": kl,
+        "objective/reward": score - kl_coef * kl,
+        "objective/length": rollout.lengths.float().mean(),
+        "objective/eos_rate": rollout.ended.mean(),
+        "value/explained_variance": 1 - unexplained,
+    }
+    return {name: value.item() for name, value in found.items()}
+
+
+def training_prompts(config: Config) -> list[str]:
+    """Prompts of the policy's training; a file's last eval_prompts rows are held out."""
+    if config.prompts == "toy":
+        rows = toy.prompts(config.iterations * config.batch_size, config.seed + 1)
+    else:
+        rows = load_prompts(config.prompts)[: -config.eval_prompts]
+        if not rows:
+            raise ValueError(
+                f"{config.prompts} has no more than the {config.eval_prompts} prompts that are "
+                "held out; lower --eval_prompts"
+            )
+    return [row["prompt"] for row in rows]
+
+
+def encode_prompts(
+    texts: list[str], codec: Codec, config: Config, block_size: int
+) -> list[list[int]]:
+    """The prompts in their template, cut from the left where no response would fit behind them."""
+    room = block_size - config.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a context of "
+            f"{block_size} tokens; lower it"
+        )
+    return [codec.prompt(text)[-room:] for text in texts]
+
+
+# --------------------------------------------------------------------------------------------------
+# The comparison: every model answers the same held-out prompts
+
+BEST_OF = 16
+MEASURES = ("gold", "win_rate", "score", "kl", "length", "eos_rate")
+PARTS = tuple(f"gold/{part}" for part in toy.PARTS)
+
+
+@dataclass
+class Contest:
+    """The held-out prompts, and the judges of every answer to them."""
+
+    asked: list[str]
+    prompts: list[list[int]]
+    sft: GPT
+    reward_model: ScalarModel
+    codec: Codec
+    config: Config
+
+    def answers(
+        self,
+        name: str,
+        model: GPT,
+        prompts: list[list[int]] | None = None,
+        temperature: float | None = None,
+    ) -> list[list[int]]:
+        """The model's responses, to these prompts if not to the held-out ones."""
+        seed = generator(self.config.seed, "compare", name)
+        new, eos = self.config.max_new_tokens, self.codec.eos
+        if temperature is None:
+            temperature = self.config.temperature
+        return generate(model, prompts or self.prompts, new, eos, temperature, generator=seed)
+
+    def scores(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+        scores = [self.reward_model.score(b) for b in batches(prompts, responses, self.config)]
+        return torch.cat(scores).tolist()
+
+    def kl(self, model: GPT, responses: list[list[int]]) -> list[float]:
+        """Per response, the sum of log pi - log pi_sft: nats, KL(pi, pi_sft) on average."""
+        sums: list[float] = []
+        for batch in batches(self.prompts, responses, self.config):
+            logprobs, _ = token_logprobs(model, batch, self.config.temperature)
+            ref_logprobs, _ = token_logprobs(self.sft, batch, self.config.temperature)
+            parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
+            sums += [part.sum().item() for part in parts]
+        return sums
+
+    def best_of_n(self) -> list[list[int]]:
+        """Of BEST_OF answers by the fine-tuned model, the one the reward model scores highest."""
+        prompts = [prompt for prompt in self.prompts for _ in range(BEST_OF)]
+        responses = self.answers("best_of_n", self.sft, prompts)
+        scores = torch.tensor(self.scores(prompts, responses)).view(-1, BEST_OF)
+        return [responses[p * BEST_OF + i] for p, i in enumerate(scores.argmax(1).tolist())]
+
+    def prompted(self, base: GPT) -> list[list[int]]:
+        """The base model's continuation of a page with two worked examples, up to a line break."""
+        encode, room = self.codec.tokenizer.encode_ordinary, base.config.block_size
+        room -= self.config.max_new_tokens
+        prompts = [encode(toy.few_shot(text))[-room:] for text in self.asked]
+        answers = []
+        for tokens in self.answers("prompted", base, prompts):
+            text, ended = self.codec.text(tokens), tokens[-1] == self.codec.eos
+            response = self.codec.response(toy.cut_answer(text))
+            answers.append(response if ended or "\n" in text.strip() else response[:-1] or tokens)
+        return answers
+
+
+def evaluate(
+    contest: Contest, name: str, responses: list[list[int]], model: GPT | None, rival: list[float]
+) -> tuple[dict, list[float]]:
+    """A row of results.json and the gold scores; win_rate is against the rival's, a tie half."""
+    measured: dict[str, list[float]] = {
+        "score": contest.scores(contest.prompts, responses),
+        "length": [len(tokens) for tokens in responses],
+        "eos_rate": [tokens[-1] == contest.codec.eos for tokens in responses],
+    }
+    if model is not None:
+        measured["kl"] = contest.kl(model, responses)
+    gold: list[float] = []
+    if contest.config.prompts == "toy":
+        texts = [contest.codec.text(tokens) for tokens in responses]
+        gold = [toy.gold(*pair) for pair in zip(contest.asked, texts, strict=True)]
+        parts = [toy.gold_parts(*pair) for pair in zip(contest.asked, texts, strict=True)]
+        measured |= {"gold": gold} | {f"gold/{k}": [p[k] for p in parts] for k in toy.PARTS}
+    if rival:
+        pairs = zip(gold, rival, strict=True)
+        measured["win_rate"] = [(own > other) / 2 + (own >= other) / 2 for own, other in pairs]
+    row: dict = {"model": name}
+    for key in (*MEASURES, *PARTS):
+        row[key], row[f"{key}_ci"] = None, None
+        if key in measured:
+            row[key], row[f"{key}_ci"] = mean_and_interval(measured[key])
+    row["pretraining_loss"] = model and pretraining_loss(model, contest.codec, contest.config)
+    return row, gold
+
+
+def pretraining_loss(model: GPT, codec: Codec, config: Config) -> float | None:
+    """Nats per token of toy documents that pretraining has not seen."""
+    if config.prompts != "toy":
+        return None
+    pages = [codec.response(page)[: model.config.block_size] for page in toy.pages(300, -1)]
+    sequences = batches([page[:1] for page in pages], [page[1:] for page in pages], config)
+    return -torch.cat([token_logprobs(model, batch)[0] for batch in sequences]).mean().item()
+
+
+def held_out(config: Config) -> list[str]:
+    if config.prompts == "toy":
+        rows = toy.prompts(config.eval_prompts, config.seed, config.split)
+    else:
+        rows = load_prompts(config.prompts)[-config.eval_prompts :]
+    return [row["prompt"] for row in rows]
+
+
+@torch.no_grad()
+def compare(config: Config, policies: dict[str, GPT], started: float) -> list[dict]:
+    """Prints the table, writes results.json and comparison.txt, and returns the table's rows."""
+    device, codec, asked = resolve_device(config.device), Codec.load(config.sft), held_out(config)
+    sft = GPT.load(config.sft).to(device).eval()
+    reward_model = ScalarModel.load(config.reward_model).to(device).eval()
+    prompts = encode_prompts(asked, codec, config, sft.config.block_size)
+    contest = Contest(asked, prompts, sft, reward_model, codec, config)
+    answers: dict[str, tuple[list[list[int]], GPT | None]] = {}
+    if (Path(config.base) / "checkpoint.pt").exists():
+        base = GPT.load(config.base).to(device).eval()
+        answers["base"] = contest.answers("base", base), base
+        if config.prompts == "toy":
+            answers["prompted"] = contest.prompted(base), None
+    answers["sft"] = contest.answers("sft", sft), sft
+    answers["sft_greedy"] = contest.answers("sft_greedy", sft, temperature=0), None
+    answers[f"best_of_{BEST_OF}"] = contest.best_of_n(), None
+    answers |= {name: (contest.answers(name, model), model) for name, model in policies.items()}
+    _, rival = evaluate(contest, "sft", *answers["sft"], [])
+    rows = []
+    for name, (responses, model) in answers.items():
+        rows.append(evaluate(contest, name, responses, model, [] if name == "sft" else rival)[0])
+        if name.startswith("best_of"):  # an upper bound (Stiennon et al. 2020, appendix G.3)
+            rows[-1]["kl"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+    print_table(rows)
+    results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
+    blocks = []
+    for i, text in enumerate(asked[:5]):
+        blocks.append(f"== {text}")
+        blocks += [f"[{name}] {codec.text(tokens[i])}" for name, (tokens, _) in answers.items()]
+    for name, content in (
+        ("results.json", json.dumps(results, indent=1)),
+        ("comparison.txt", printable("\n\n".join(blocks) + "\n")),
+    ):
+        path = Path(config.out) / name
+        write_atomically(path, lambda file, content=content: file.write(content.encode()))
+    print("\n".join(map(printable, blocks[1 : len(answers) + 1])))
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    """Means with their 95 % half-widths, a model a line; below, the parts of the gold score."""
+    for columns in ((*MEASURES, "pretraining_loss"), PARTS):
+        columns = [name for name in columns if any(row[name] is not None for row in rows)]
+        if columns:
+            titles = [name.removeprefix("pretraining_").removeprefix("gold/") for name in columns]
+            print("\n" + f"{'':12}" + "".join(f"{title:>14}" for title in titles))
+            for row in rows:
+                cells = [cell(row[name], row.get(f"{name}_ci")) for name in columns]
+                print(f"{row['model']:12}" + "".join(f"{text:>14}" for text in cells))
+    print()
+
+
+def cell(mean: float | None, half_width: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:.2f}" if half_width is None else f"{mean:.2f} ± {half_width:.2f}"
+
+
+@precision
+def main(config: Config) -> dict:
+    started = time.time()
+    policies = {"ppo": train(config, "ppo")}
+    if config.ablation:
+        no_kl = replace(config, kl_coef=0.0, kl_target=0.0, out=f"{config.out}_no_kl")
+        policies["ppo_no_kl"] = train(no_kl, "ppo_no_kl")
+    rows = compare(config, policies, started)
+    print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
+    return {row["model"]: row for row in rows}
+
+
+if __name__ == "__main__":
+    command(main, Config)

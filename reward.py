@@ -1,0 +1,269 @@
+"""Stage 2: a reward model from rankings (InstructGPT, section 3.5).
+
+The fine-tuned model answers every prompt K times, a labeler ranks the K responses, and the same
+network with a scalar head in place of the vocabulary learns to score the better one higher.
+
+    python reward.py                            # sample, let the simulated labeler rank, train
+    python reward.py --comparisons mine.jsonl   # {"prompt": …, "responses": […], "ranks": […]}
+
+The labeler of the toy world knows its hidden rubric and adds noise; the reward model sees only the
+rankings. Left out of the paper: rankings by people at the terminal.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import labeler, toy
+from data.records import load_comparisons, load_demonstrations, pair_accuracy, save_records
+from model import (
+    GPT,
+    Batch,
+    Codec,
+    Run,
+    RunConfig,
+    ScalarModel,
+    adam,
+    command,
+    fit,
+    generate,
+    generator,
+    lr_schedule,
+    optimizer_step,
+    pack,
+    precision,
+    resolve_device,
+    seed_of,
+    shuffled,
+    split_by_tokens,
+    write_atomically,
+)
+
+
+@dataclass
+class Config(RunConfig):
+    out: str = "out/reward"  # run folder
+    sft: str = "out/sft"  # folder of the model that answers, and that the reward model starts from
+    comparisons: str = "toy"  # toy: sample and rank; or a .jsonl file of comparisons
+    prompts: int = 1400  # toy prompts to answer
+    responses: int = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
+    noise: float = 0.5  # of the simulated labeler, in points of the rubric
+    max_new_tokens: int = 80  # longest response
+    temperature: float = 1.0  # of sampling
+    demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
+    epochs: int = 3  # passes over the comparisons (InstructGPT: 1; the README says why)
+    batch_size: int = 4  # prompts a step, with all their responses
+    lr: float = 1e-3  # peak learning rate
+    held_out: float = 0.1  # share of the prompts that only measures accuracy
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
+    """Mean over prompts of the mean of -log sigmoid(r_better - r_worse) over a prompt's pairs.
+
+    InstructGPT, equation 1. scores (N,), ranks (N,) with 1 best and equal = tie, which makes no
+    pair; counts[p] adjacent responses belong to prompt p. No pair at all: 0, with zero gradient.
+    """
+    losses = []
+    for r, rank in zip(scores.split(counts), ranks.split(counts), strict=True):  # (K,)
+        better = rank[:, None] < rank[None, :]  # (K, K)
+        if better.any():
+            losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())
+    return torch.stack(losses).mean() if losses else 0 * scores.sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# Collecting
+
+
+def collect(config: Config, sft: GPT, codec: Codec) -> list[dict]:
+    """K sampled responses to each prompt, duplicates removed, ranked by the simulated labeler."""
+    rows = toy.prompts(config.prompts, config.seed)
+    prompts = [codec.prompt(row["prompt"]) for row in rows for _ in range(config.responses)]
+    seed = generator(config.seed, "collect")
+    print(f"sampling {len(prompts)} responses")
+    sampled = generate(
+        sft, prompts, config.max_new_tokens, codec.eos, config.temperature, generator=seed
+    )
+    texts = iter([codec.text(tokens) for tokens in sampled])
+    rng, comparisons = random.Random(config.seed), []
+    for row in rows:
+        responses = list(dict.fromkeys(next(texts) for _ in range(config.responses)))
+        ranks = labeler.rank(row["prompt"], responses, rng, config.noise)
+        if len(responses) > 1:
+            comparisons.append({"prompt": row["prompt"], "responses": responses, "ranks": ranks})
+    return comparisons
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: all responses to a prompt are one batch element, each scored once
+
+
+@dataclass
+class Comparison:
+    """A record's responses, tokenised with the prompt before each."""
+
+    record: dict
+    pairs: list[tuple[list[int], list[int]]]  # K times (prompt, response)
+
+    @property
+    def decides(self) -> bool:
+        return len(set(self.record["ranks"])) > 1
+
+
+def tokenised(records: list[dict], codec: Codec, block_size: int) -> list[Comparison]:
+    """Comparisons whose responses fit into the context; their prompts are cut from the left."""
+    comparisons = []
+    for record in records:
+        prompt = codec.prompt(record["prompt"])
+        responses = [codec.response(text) for text in record["responses"]]
+        if max(map(len, responses)) < block_size:
+            # cut as for the longest, so that all responses follow the same prompt
+            prompt, _ = fit(prompt, max(responses, key=len), block_size)
+            comparisons.append(Comparison(record, [(prompt, response) for response in responses]))
+    if len(comparisons) < len(records):
+        print(f"{len(records) - len(comparisons)} comparisons longer than the context are left out")
+    return comparisons
+
+
+def packed(
+    comparisons: list[Comparison], config: Config
+) -> Iterator[tuple[Batch, list[Comparison]]]:
+    """Comparisons in order as batches of at most config.max_tokens tokens."""
+    lengths = [sum(len(p) + len(r) for p, r in c.pairs) for c in comparisons]
+    for part in split_by_tokens(lengths, config.max_tokens):
+        chosen = [comparisons[i] for i in part]
+        prompts, responses = zip(*(pair for c in chosen for pair in c.pairs), strict=True)
+        yield pack(list(prompts), list(responses), resolve_device(config.device)), chosen
+
+
+def losses(
+    model: ScalarModel, comparisons: list[Comparison], config: Config
+) -> Iterator[tuple[Tensor, int]]:
+    """The ranking loss of each micro-batch, and the number of prompts it is a mean over."""
+    for batch, chosen in packed(comparisons, config):
+        scores = model.score(batch)
+        ranks = torch.tensor([rank for c in chosen for rank in c.record["ranks"]]).to(scores.device)
+        yield (
+            ranking_loss(scores, ranks, [len(c.pairs) for c in chosen]),
+            sum(c.decides for c in chosen),
+        )
+
+
+@torch.no_grad()
+def score_all(
+    model: ScalarModel, comparisons: list[Comparison], config: Config
+) -> list[list[float]]:
+    """The score of every response, by prompt."""
+    scores = []
+    for batch, chosen in packed(comparisons, config):
+        counts = [len(c.pairs) for c in chosen]
+        scores += [s.tolist() for s in model.score(batch).split(counts)]
+    return scores
+
+
+def train(run: Run, comparisons: list[Comparison]) -> None:
+    config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
+    per_epoch = -(-len(comparisons) // config.batch_size)
+    steps = config.epochs * per_epoch
+    for step in run.steps(steps):
+        epoch, i = divmod(step, per_epoch)
+        order = shuffled(comparisons, config.seed, "reward", epoch)
+        chosen = order[i * config.batch_size :][: config.batch_size]
+        lr, total = lr_schedule(step, steps, warmup=steps // 20), sum(c.decides for c in chosen)
+        loss, norms = optimizer_step(optimizer, losses(model, chosen, config), max(1, total), lr)
+        run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})
+
+
+# --------------------------------------------------------------------------------------------------
+# What it has learned
+
+
+def report(model: ScalarModel, held_out: list[Comparison], codec: Codec, config: Config) -> dict:
+    """Shares of correctly ordered pairs with their 95 % half-widths, printed and returned."""
+    records = [c.record for c in held_out]
+    ranks = [record["ranks"] for record in records]
+    scores = score_all(model, held_out, config)
+    lengths = [[len(response) for _, response in c.pairs] for c in held_out]
+    found = {
+        "reward model, held-out comparisons": pair_accuracy(scores, ranks),
+        "the longer response wins": pair_accuracy(lengths, ranks),
+    }
+    if config.comparisons == "toy":
+        gold = [[toy.gold(r["prompt"], text) for text in r["responses"]] for r in records]
+        gold_ranks = [[1 + sum(x > own for x in g) for own in g] for g in gold]
+        found["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
+        found["reward model against the hidden rubric"] = pair_accuracy(scores, gold_ranks)
+        for flaw in toy.PROBES:
+            pairs = [pair for pair in toy.probe_pairs(1200, 1, "test") if pair["flaw"] == flaw]
+            probes = [
+                {"prompt": p["prompt"], "responses": [p["good"], p["bad"]], "ranks": [1, 2]}
+                for p in pairs
+            ]
+            probe_scores = score_all(model, tokenised(probes, codec, 10**9), config)
+            name = f"prefers a perfect response to: {flaw}"
+            found[name] = pair_accuracy(probe_scores, [[1, 2]] * len(probes))
+    for name, (share, half_width, n) in found.items():
+        print(f"{name:48s} {share:.3f} ± {half_width:.3f} of {n} pairs")
+    return found
+
+
+def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, config: Config) -> None:
+    """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
+    if config.demonstrations:
+        rows = load_demonstrations(config.demonstrations)
+    elif config.comparisons == "toy":
+        rows = toy.demonstrations(500, config.seed + 1)
+    else:
+        rows = [
+            {"prompt": c.record["prompt"], "response": text}
+            for c in comparisons[:500]
+            for text, rank in zip(c.record["responses"], c.record["ranks"], strict=True)
+            if rank == 1
+        ]
+    records = [{"prompt": r["prompt"], "responses": [r["response"]], "ranks": [1]} for r in rows]
+    block_size = model.gpt.config.block_size
+    scores = score_all(model, tokenised(records, codec, block_size), config)
+    with torch.no_grad():
+        model.head.bias -= sum(score for (score,) in scores) / len(scores)
+
+
+@precision
+def main(config: Config) -> dict:
+    device = resolve_device(config.device)
+    sft, codec = GPT.load(config.sft).to(device), Codec.load(config.sft)
+    path = Path(config.comparisons)
+    if config.comparisons == "toy":
+        path = Path(config.out) / "comparisons.jsonl"
+        if not (config.resume and path.exists()):
+            save_records(path, collect(config, sft, codec))
+    comparisons = tokenised(load_comparisons(path), codec, sft.config.block_size)
+    if len(comparisons) < 2:
+        raise ValueError(f"{path}: {len(comparisons)} usable comparisons; at least 2 are needed")
+    split = max(1, int(config.held_out * len(comparisons)))
+    torch.manual_seed(seed_of(config.seed, "head"))
+    model = ScalarModel(sft).to(device)
+    state = {"model": model, "optimizer": adam([(model, config.lr)])}
+    run = Run("reward", config, config.out, sft.config, codec, **state)
+    train(run, comparisons[split:])
+
+    center(model, comparisons[split:], codec, config)
+    run.save()
+    found = report(model, comparisons[:split], codec, config)
+    text = json.dumps(found, indent=1).encode()
+    write_atomically(run.folder / "report.json", lambda file: file.write(text))
+    for c, scores in zip(comparisons[:5], score_all(model, comparisons[:5], config), strict=True):
+        rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
+        lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
+        run.sample(c.record["prompt"], *lines)
+    print(f"wrote {config.out}, comparisons in {path}; next: python ppo.py")
+    return run.metrics | {"accuracy": found["reward model, held-out comparisons"][0]}
+
+
+if __name__ == "__main__":
+    command(main, Config)

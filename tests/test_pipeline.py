@@ -1,0 +1,293 @@
+"""The three stages in miniature, called in-process: each improves the number it is there for."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo
+import reward
+import sft
+from data.records import load_comparisons
+from model import GPT, ScalarModel, load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+def folders(out: Path, *names: str) -> dict[str, str]:
+    return {name: str(out / name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def sft_config(out) -> sft.Config:
+    return sft.Config(
+        out=str(out / "sft"),
+        base=str(out / "base"),
+        n_layer=1,
+        n_head=2,
+        n_embd=48,
+        toy_texts=1500,
+        pretrain_batch_size=16,
+        pretrain_lr=1e-2,
+        toy_demonstrations=700,
+        lr=4e-3,
+        epochs=2,
+        batch_size=16,
+    )
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(sft_config) -> dict:
+    return sft.main(sft_config)
+
+
+@pytest.fixture(scope="module")
+def reward_config(out) -> reward.Config:
+    return reward.Config(
+        out=str(out / "reward"), sft=str(out / "sft"), prompts=160, epochs=2, lr=3e-3
+    )
+
+
+@pytest.fixture(scope="module")
+def rewarded(fine_tuned, reward_config) -> dict:
+    return reward.main(reward_config)
+
+
+@pytest.fixture(scope="module")
+def ppo_config(out) -> ppo.Config:
+    return ppo.Config(
+        out=str(out / "ppo"),
+        reward_model=str(out / "reward"),
+        iterations=8,
+        batch_size=32,
+        minibatch_size=16,
+        lr=2e-3,
+        value_lr=2e-3,
+        warmup=1,
+        kl_coef=0.02,
+        eval_prompts=40,
+        split="dev",
+        **folders(out, "sft", "base"),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(rewarded, ppo_config) -> dict:
+    return ppo.main(ppo_config)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretraining_and_fine_tuning_lower_the_held_out_loss(fine_tuned, out):
+    for stage in ("base", "sft"):
+        first, last = metrics(out / stage)[0], metrics(out / stage)[-1]
+        assert last["held_out_loss"] < first["held_out_loss"] - 0.3
+    # 1,025 words to choose from: an untrained model knows nothing
+    assert metrics(out / "base")[0]["held_out_loss"] > 0.8 * math.log(1025)
+
+
+def test_the_reward_model_beats_chance(rewarded, reward_config):
+    assert rewarded["accuracy"] > 0.6
+    report = json.loads((Path(reward_config.out) / "report.json").read_text())
+    share, half_width, pairs = report["reward model, held-out comparisons"]
+    assert share == rewarded["accuracy"] and 0 < half_width < 0.2 and pairs > 50
+    comparisons = load_comparisons(Path(reward_config.out) / "comparisons.jsonl")
+    assert all(len(set(c["responses"])) == len(c["responses"]) for c in comparisons)
+
+
+def test_demonstrations_score_zero(rewarded, reward_config):
+    from data import toy
+    from model import Codec
+
+    model, codec = ScalarModel.load(reward_config.out), Codec.load(reward_config.out)
+    records = [
+        {"prompt": d["prompt"], "responses": [d["response"]], "ranks": [1]}
+        for d in toy.demonstrations(500, reward_config.seed + 1)
+    ]
+    tokenised = reward.tokenised(records, codec, model.gpt.config.block_size)
+    scores = [s for (s,) in reward.score_all(model, tokenised, reward_config)]
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4)
+
+
+def test_ppo_raises_the_score(results, out):
+    rows = metrics(out / "ppo")
+    assert rows[-1]["objective/score"] > rows[0]["objective/score"] + 0.3
+    assert results["ppo"]["score"] > results["sft"]["score"]
+
+
+def test_ratio_is_one_and_kl_zero_before_the_first_update(results, out):
+    first = metrics(out / "ppo")[0]
+    assert first["objective/kl"] == 0
+    assert first["objective/reward"] == first["objective/score"]
+
+
+def test_without_the_penalty_the_policy_strays_further(results):
+    assert results["ppo_no_kl"]["kl"] > results["ppo"]["kl"]
+
+
+def test_the_comparison_has_every_model_and_interval(results, ppo_config):
+    names = ["base", "prompted", "sft", "sft_greedy", "best_of_16", "ppo", "ppo_no_kl"]
+    assert list(results) == names
+    saved = json.loads((Path(ppo_config.out) / "results.json").read_text())
+    assert saved["seed"] == 0 and saved["seconds"] > 0
+    assert [row["model"] for row in saved["rows"]] == names
+    for row in saved["rows"]:
+        assert 0 <= row["gold"] <= 10 and row["gold_ci"] >= 0
+        assert (row["win_rate"] is None) == (row["model"] == "sft")
+    assert results["sft"]["kl"] == 0
+    # log 16 - 15/16
+    assert results["best_of_16"]["kl"] == pytest.approx(1.8351, abs=1e-4)
+    text = (Path(ppo_config.out) / "comparison.txt").read_text()
+    assert text.count("[ppo]") == text.count("[base]") == 5
+
+
+def test_reference_and_reward_model_are_not_touched(results, out):
+    before = load_checkpoint(out / "sft")["model"]
+    after = load_checkpoint(out / "ppo")["model"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert load_checkpoint(out / "sft")["step"] == len(metrics(out / "sft"))
+
+
+def test_no_learning_without_a_learning_rate(rewarded, ppo_config, tmp_path):
+    """Policy and reference stay one: ratio 1 and KL 0 in every epoch of every iteration."""
+    config = replace(
+        ppo_config, out=str(tmp_path / "ppo"), lr=0.0, value_lr=0.0, iterations=2, ablation=False
+    )
+    policy = ppo.train(config, "ppo")
+    start = GPT.load(config.sft).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in policy.state_dict().items())
+    for row in metrics(tmp_path / "ppo"):
+        assert row["objective/kl"] == 0
+        assert row["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert row["policy/clipfrac"] == 0
+
+
+def test_second_epoch_sees_a_ratio_other_than_one(rewarded, ppo_config, tmp_path):
+    config = replace(ppo_config, out=str(tmp_path / "ppo"), iterations=1, warmup=0)
+    ppo.train(config, "ppo")
+    assert metrics(tmp_path / "ppo")[0]["policy/approx_kl"] > 1e-6
+
+
+# ---- resuming
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+def killed_after(monkeypatch, steps: int, start) -> None:
+    """Runs start() until the run has logged this many steps, then pulls the plug."""
+    from model import Run
+
+    logged, log = 0, Run.log
+
+    def counting(self, *args, **kwargs):
+        nonlocal logged
+        log(self, *args, **kwargs)
+        logged += "grad_norm" in self.metrics and "held_out_loss" not in self.metrics
+        if logged > steps:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", counting)
+        with pytest.raises(Killed):
+            start()
+
+
+def same_run(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    assert first["step"] == second["step"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    rows = [metrics(a), metrics(b)]
+    for row in [*rows[0], *rows[1]]:
+        row.pop("tokens_per_second", None)
+    assert rows[0] == rows[1]
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def test_fine_tuning_resumes_bit_for_bit(fine_tuned, sft_config, monkeypatch, tmp_path):
+    config = replace(
+        sft_config,
+        init=sft_config.base,
+        out=str(tmp_path / "a"),
+        toy_demonstrations=120,
+        dropout=0.1,
+        save_every=3,
+    )
+    sft.main(config)
+    config = replace(config, out=str(tmp_path / "b"))
+    killed_after(monkeypatch, 7, lambda: sft.main(config))
+    assert load_checkpoint(tmp_path / "b")["step"] == 6
+    sft.main(replace(config, resume=True))
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_reward_model_resumes_bit_for_bit(rewarded, reward_config, monkeypatch, tmp_path):
+    config = replace(reward_config, out=str(tmp_path / "a"), prompts=40, epochs=1, save_every=3)
+    reward.main(config)
+    config = replace(config, out=str(tmp_path / "b"))
+    killed_after(monkeypatch, 4, lambda: reward.main(config))
+    reward.main(replace(config, resume=True))
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_ppo_resumes_bit_for_bit(rewarded, ppo_config, monkeypatch, tmp_path):
+    config = replace(ppo_config, out=str(tmp_path / "a"), iterations=4, save_every=2)
+    ppo.train(config, "ppo")
+    config = replace(config, out=str(tmp_path / "b"))
+    killed_after(monkeypatch, 3, lambda: ppo.train(config, "ppo"))
+    ppo.train(replace(config, resume=True), "ppo")
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_resuming_another_configuration_is_refused(fine_tuned, sft_config):
+    config = replace(sft_config, resume=True, batch_size=8)
+    with pytest.raises(ValueError, match="made with --batch_size 16, not 8"):
+        sft.main(config)
+
+
+# ---- the command line
+
+
+def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "argv, needle",
+    [
+        (("reward.py",), "out/sft/checkpoint.pt does not exist; `python sft.py` makes it"),
+        (("ppo.py", "--sft", "x"), "x/checkpoint.pt does not exist"),
+        (("sft.py", "--dtype", "int8"), "--dtype int8"),
+        (("sft.py", "--demonstrations", "missing.jsonl"), "missing.jsonl"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(argv, needle, tmp_path):
+    result = run(*argv, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert needle in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
+def test_every_flag_is_explained(script, tmp_path):
+    result = run(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    module = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}[script]
+    for name in module.Config.__dataclass_fields__:
+        assert f"--{name}" in result.stdout

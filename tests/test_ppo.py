@@ -1,0 +1,464 @@
+"""PPO's equations against numbers worked out by hand; #n is the known bug that a test looks for."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+import ppo
+from model import GPT, GPTConfig, ScalarModel, adam, generate, pack, token_logprobs
+from ppo import gae, kl_penalised_rewards, policy_loss, value_loss, whiten
+
+# Three responses of 3, 1 and 2 tokens, end to end.
+LENGTHS = tensor([3, 1, 2])
+SCORES = tensor([2.0, -1.0, 0.5])
+LOGPROBS = tensor([-1.0, -2.0, -0.5, -3.0, -0.7, -0.9])
+REF_LOGPROBS = tensor([-1.5, -1.0, -0.5, -2.0, -1.7, -0.5])
+VALUES = tensor([0.5, 0.6, 0.7, -2.0, 0.3, -0.4])
+
+
+def close(actual, expected, tolerance=1e-6):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def random_batch(seed=0):
+    """Ragged lengths, scores, and three float64 vectors over their tokens."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = tensor([4, 1, 7, 2, 1])
+    flat = torch.randn(3, int(lengths.sum()), generator=g, dtype=torch.float64)
+    return lengths, torch.randn(5, generator=g, dtype=torch.float64), *flat
+
+
+# ---- the reward of a token ----
+
+
+def test_rewards_are_the_kl_penalty_and_at_the_last_token_the_score():
+    """#22 kl_sign, #26 score_at_last_column."""
+    # log pi - log pi_ref = .5 -1 0 | -1 | 1 -.4, times -0.1, plus the scores 2 | -1 | 0.5
+    rewards = kl_penalised_rewards(SCORES, LOGPROBS, REF_LOGPROBS, LENGTHS, 0.1)
+    close(rewards, [-0.05, 0.1, 2.0, -0.9, -0.1, 0.54])
+
+
+def test_rewards_of_a_response_sum_to_its_score_less_its_penalty():
+    lengths, scores, logprobs, ref_logprobs, _ = random_batch()
+    rewards = kl_penalised_rewards(scores, logprobs, ref_logprobs, lengths, 0.3)
+    kl = (logprobs - ref_logprobs).split(lengths.tolist())
+    for own, score, k in zip(rewards.split(lengths.tolist()), scores, kl, strict=True):
+        close(own.sum(), score - 0.3 * k.sum(), 1e-12)
+
+
+def test_raising_one_logprob_lowers_the_reward_of_that_token_alone():
+    """#22 kl_sign."""
+    more = LOGPROBS + tensor([0, 0, 0, 0, 0.25, 0])
+    before, after = (
+        kl_penalised_rewards(SCORES, x, REF_LOGPROBS, LENGTHS, 0.4) for x in (LOGPROBS, more)
+    )
+    close(after - before, [0, 0, 0, 0, -0.1, 0])  # -0.4 * 0.25
+
+
+def test_twice_the_length_is_twice_the_penalty():
+    """#25 kl_mean_not_sum."""
+    # 0.3 nats a token and kl_coef 0.5: 2 tokens cost 0.3, 4 tokens cost 0.6
+    for n, total in ((2, 1 - 0.3), (4, 1 - 0.6)):
+        rewards = kl_penalised_rewards(
+            tensor([1.0]), torch.full((n,), -0.7), torch.full((n,), -1.0), tensor([n]), 0.5
+        )
+        close(rewards.sum(), total)
+
+
+def test_without_penalty_the_last_token_alone_is_rewarded():
+    """#27 score_every_token."""
+    rewards = kl_penalised_rewards(SCORES, LOGPROBS, REF_LOGPROBS, LENGTHS, 0.0)
+    close(rewards, [0, 0, 2.0, -1.0, 0, 0.5], 0)
+
+
+def test_equal_models_leave_the_score():
+    rewards = kl_penalised_rewards(SCORES, LOGPROBS, LOGPROBS.clone(), LENGTHS, 5.0)
+    close(rewards, [0, 0, 2.0, -1.0, 0, 0.5], 0)
+
+
+def test_the_expected_penalty_is_the_kl_divergence():
+    """#23 kl_k3_wrong_sign, #24 kl_abs."""
+    # p = .6 .3 .1, q = .5 .25 .25: KL(p, q) = .9 log 1.2 + .1 log .4 = 0.07246. The third token is
+    # rarer under p than under q: its penalty is a bonus, log .4 = -0.91629.
+    p, q = tensor([0.6, 0.3, 0.1]), tensor([0.5, 0.25, 0.25])
+    rewards = kl_penalised_rewards(torch.zeros(3), p.log(), q.log(), tensor([1, 1, 1]), 1.0)
+    close(rewards, [-0.18232, -0.18232, 0.91629], 1e-5)
+    close(-(p * rewards).sum(), 0.07246, 1e-5)
+
+
+def test_a_neighbour_changes_no_reward():
+    """#20 kl_on_pads."""
+    alone = kl_penalised_rewards(SCORES[1:2], LOGPROBS[3:4], REF_LOGPROBS[3:4], tensor([1]), 0.1)
+    scores, logprobs = tensor([1e6, -1.0, -1e6]), LOGPROBS.clone()
+    logprobs[[0, 1, 2, 4, 5]] = float("nan")
+    packed = kl_penalised_rewards(scores, logprobs, REF_LOGPROBS, LENGTHS, 0.1)
+    close(packed[3:4], alone, 0)
+
+
+# ---- generalised advantage estimation ----
+
+
+def test_advantages_by_hand():
+    """#31 lam_missing."""
+    # rewards -.05 .05 2, values .5 .6 .7, gamma 1, lam .95:
+    # delta = (-.05 + .6 - .5, .05 + .7 - .6, 2 - .7) = .05 .15 1.3
+    # A = 1.3; .15 + .95 * 1.3 = 1.385; .05 + .95 * 1.385 = 1.36575; R = A + V
+    rewards, values = tensor([-0.05, 0.05, 2.0]), tensor([0.5, 0.6, 0.7])
+    advantages, returns = gae(rewards, values, tensor([3]), 1.0, 0.95)
+    close(advantages, [1.36575, 1.385, 1.3])
+    close(returns, [1.86575, 1.985, 2.0])
+
+
+def test_discounted_advantages_by_hand():
+    # rewards 1 2 | 3, values 10 20 | 30, gamma .5, lam .5:
+    # delta = 1 + .5 * 20 - 10 = 1; 2 - 20 = -18 | 3 - 30 = -27; A = 1 + .25 * -18 = -3.5
+    rewards, values = tensor([1.0, 2.0, 3.0]), tensor([10.0, 20.0, 30.0])
+    advantages, returns = gae(rewards, values, tensor([2, 1]), 0.5, 0.5)
+    close(advantages, [-3.5, -18.0, -27.0])
+    close(returns, [6.5, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.95), (0.9, 0.3), (1.0, 0.0), (0.5, 1)])
+def test_advantages_are_the_discounted_sum_of_td_errors(gamma, lam):
+    lengths, _, rewards, values, _ = random_batch()
+    expected = []
+    for r, v in zip(rewards.split(lengths.tolist()), values.split(lengths.tolist()), strict=True):
+        v = [*v.tolist(), 0.0]
+        delta = [r[t].item() + gamma * v[t + 1] - v[t] for t in range(len(r))]
+        for t in range(len(r)):
+            expected.append(sum((gamma * lam) ** (i - t) * delta[i] for i in range(t, len(r))))
+    close(gae(rewards, values, lengths, gamma, lam)[0], expected, 1e-12)
+
+
+def test_lam_1_gives_the_discounted_rewards_to_go():
+    # gamma .5: 1 + .5 * 2 + .25 * 4 = 3; 2 + .5 * 4 = 4; 4 | 8
+    rewards, values = tensor([1.0, 2.0, 4.0, 8.0]), tensor([0.3, -5.0, 7.0, 11.0])
+    advantages, returns = gae(rewards, values, tensor([3, 1]), 0.5, 1.0)
+    close(returns, [3.0, 4.0, 4.0, 8.0])
+    close(advantages, tensor([3.0, 4.0, 4.0, 8.0]) - values)
+
+
+def test_lam_0_gives_the_td_error():
+    rewards, values = tensor([1.0, 2.0, 4.0]), tensor([3.0, 5.0, 7.0])
+    advantages, _ = gae(rewards, values, tensor([2, 1]), 0.5, 0.0)
+    close(advantages, [0.5, -3.0, -3.0])  # 1 + .5 * 5 - 3; 2 - 5 | 4 - 7
+
+
+def test_nothing_is_bootstrapped_over_the_end():
+    """#30 bootstrap_pad_value."""
+    rewards = kl_penalised_rewards(SCORES, LOGPROBS, REF_LOGPROBS, LENGTHS, 0.1)
+    advantages, returns = gae(rewards, VALUES, LENGTHS, 0.9, 0.95)
+    last = LENGTHS.cumsum(0) - 1
+    close(advantages[last], rewards[last] - VALUES[last])
+    close(returns[last], rewards[last])
+
+
+def test_a_neighbour_changes_no_advantage():
+    """#30 bootstrap_pad_value, #41 nan_times_zero."""
+    rewards = tensor([0.1, 0.2, 0.3, 1.0, -1.0, 2.0])
+    alone = gae(rewards[:3], VALUES[:3], tensor([3]), 0.9, 0.95)
+    rewards[3:] = float("nan")
+    values = torch.cat([VALUES[:3], tensor([99.0, 99.0, 99.0])])
+    for own, packed in zip(alone, gae(rewards, values, LENGTHS, 0.9, 0.95), strict=True):
+        close(packed[:3], own, 0)
+
+
+def test_returns_are_values_plus_raw_advantages():
+    """#32 returns_from_whitened."""
+    lengths, _, rewards, values, _ = random_batch()
+    advantages, returns = gae(rewards, values, lengths, 0.97, 0.9)
+    close(returns - values, advantages, 1e-12)
+    assert abs(advantages.mean()) > 0.01 and abs(advantages.std() - 1) > 0.01
+
+
+def test_no_gradient_flows_through_advantages_and_returns():
+    """#57."""
+    rewards, values = torch.ones(6, requires_grad=True), VALUES.clone().requires_grad_()
+    advantages, returns = gae(rewards, values, LENGTHS, 1.0, 0.95)
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+def test_the_value_of_end_of_text_counts():
+    """#10 eos_excluded_from_mask."""
+    # the second token is end-of-text: it has an advantage, and the first sees its value
+    rewards, values = tensor([0.0, 1.0]), tensor([0.2, 0.6])
+    close(gae(rewards, values, tensor([2]), 1.0, 0.0)[0], [0.4, 0.4])
+
+
+# ---- whitening ----
+
+
+def test_whiten_by_hand():
+    """#28, #29 whiten_per_sequence; the variance is biased."""
+    # 1 2 3 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5
+    x = tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    expected = tensor([-2.0, -1.0, 0.0, 3.0], dtype=torch.float64) / 3.5**0.5
+    close(whiten(x), expected, 1e-8)
+    close(whiten(x, shift_mean=False), expected + 3, 1e-8)
+
+
+def test_whiten_gives_mean_0_or_the_old_mean_and_variance_1():
+    """#29 reward_whiten_shifts_mean."""
+    x = random_batch()[2] * 5 + 7
+    for shift_mean, mean in ((True, 0.0), (False, x.mean())):
+        y = whiten(x, shift_mean)
+        close(y.mean(), mean, 1e-8)
+        close(y.var(unbiased=False), 1.0, 1e-8)
+
+
+def test_whiten_adds_1e_8_to_the_variance():
+    # 0 and 2e-4: mean 1e-4, variance 1e-8; 1e-4 / sqrt(2e-8) = 0.70711
+    close(whiten(tensor([0.0, 2e-4], dtype=torch.float64)), [-0.70711, 0.70711], 1e-5)
+    close(whiten(tensor([3.0, 3.0, 3.0])), [0.0, 0.0, 0.0], 0)
+
+
+# ---- the policy's loss ----
+
+OLD = tensor([-1.0, -2.0, -0.3, -4.0])
+RATIOS = tensor([1.5, 0.5, 1.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    "advantage, loss, gradient",
+    [
+        # -A rho against -A clip(rho): -1.2 (clipped) -.5 -1.1 -.9, mean -3.7 / 4
+        (1.0, -0.925, [0, -0.125, -0.275, -0.225]),
+        # 1.5 .8 (clipped) 1.1 .9, mean 4.3 / 4
+        (-1.0, 1.075, [0.375, 0, 0.275, 0.225]),
+    ],
+)
+def test_policy_loss_by_hand(advantage, loss, gradient):
+    """#33 ratio_inverted, min_instead_of_max, clip_only. The gradient is -A rho / 4 or 0."""
+    logprobs = (OLD + RATIOS.log()).requires_grad_()
+    actual = policy_loss(logprobs, OLD, torch.full((4,), advantage), 0.2)
+    close(actual, loss)
+    actual.backward()
+    close(logprobs.grad, gradient)
+
+
+def test_policy_loss_clips_at_the_given_range():
+    # A = 1: rho 1.5 is kept under a range of 0.6 and cut to 1.3 under one of 0.3
+    logprobs = OLD[:1] + math.log(1.5)
+    for cliprange, loss in ((0.6, -1.5), (0.3, -1.3)):
+        close(policy_loss(logprobs, OLD[:1], torch.ones(1), cliprange), loss)
+
+
+def test_at_ratio_1_the_gradient_is_minus_the_advantage():
+    advantages = tensor([3.0, -1.0, 0.5, -2.5])  # mean 0, as whitened ones have
+    logprobs = OLD.clone().requires_grad_()
+    loss = policy_loss(logprobs, OLD, advantages, 0.2)
+    loss.backward()
+    close(loss, 0.0)
+    close(logprobs.grad, [-0.75, 0.25, -0.125, 0.625])  # -A / N
+
+
+def test_policy_loss_gradient_in_float64():
+    lengths, _, old_logprobs, change, advantages = random_batch()
+    logprobs = (old_logprobs + change).requires_grad_()  # ratios from 0.1 to 10
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(x, old_logprobs, advantages, 0.2), logprobs
+    )
+
+
+# ---- the value model's loss ----
+
+
+def test_value_loss_by_hand():
+    """#34 vclip_*."""
+    # (V - R)^2     .81  .25       2.25            .04
+    # clipped       .81  .64 (.2)  1.44 (-.2)      .01 (.2)
+    # the larger    .81  .64       2.25            .04, half the mean of 3.74 is 0.4675
+    # gradient, (V - R) / 4 or 0 where the clipped one is larger: -.225 0 -.375 .05
+    values = tensor([0.1, 0.5, -0.5, 0.5], requires_grad=True)
+    returns = tensor([1.0, 1.0, 1.0, 0.3])
+    loss = value_loss(values, torch.zeros(4), returns, 0.2)
+    close(loss, 0.4675)
+    loss.backward()
+    close(values.grad, [-0.225, 0, -0.375, 0.05])
+
+
+def test_value_loss_clips_around_each_tokens_own_old_value():
+    """#34: once clipped around the values of the whole batch."""
+    # .5 from 1 is cut to .8, -.5 from -1 to -.8; .5^2 = .25 exceeds .2^2, so half of .25
+    values, old_values = tensor([0.5, -0.5]), tensor([1.0, -1.0])
+    close(value_loss(values, old_values, tensor([0.3, -0.3]), 0.2), 0.125)
+
+
+def test_value_loss_clips_at_the_given_range():
+    # V 2, V_old 0, R 3: (2 - 3)^2 = 1 against (.5 - 3)^2 = 6.25 and, unclipped, 1
+    for cliprange_value, loss in ((0.5, 3.125), (2.0, 0.5)):
+        close(value_loss(tensor([2.0]), tensor([0.0]), tensor([3.0]), cliprange_value), loss)
+
+
+def test_value_loss_of_a_zero_value_model_is_half_the_mean_squared_return():
+    values = torch.zeros(3)
+    close(value_loss(values, values, tensor([1.0, -2.0, 3.0]), 0.2), 14 / 6)
+
+
+def test_value_loss_gradient_in_float64():
+    _, _, old_values, change, returns = random_batch()
+    values = (old_values + change).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, old_values, returns, 0.2), values)
+
+
+# ---- the adaptive KL coefficient ----
+
+
+@pytest.mark.parametrize(
+    "kl, factor",
+    [
+        (12.0, 1.01024),  # error 1 clipped to .2: 1 + .2 * 512 / 10000
+        (0.0, 0.98976),  # error -1 clipped to -.2
+        (6.6, 1.00512),  # error .1
+        (6.0, 1.0),
+    ],
+)
+def test_kl_coef_follows_the_kl(kl, factor):
+    """#46 klctl_*."""
+    kl_coef = ppo.adapt_kl_coef(0.15, kl, 512, 6.0, 10_000)
+    assert isinstance(kl_coef, float)
+    assert kl_coef == pytest.approx(0.15 * factor, abs=1e-9)
+
+
+# ---- all functions ----
+
+
+@pytest.mark.parametrize(
+    "function, arguments",
+    [
+        (kl_penalised_rewards, (SCORES, LOGPROBS, REF_LOGPROBS, LENGTHS, 0.1)),
+        (gae, (LOGPROBS, VALUES, LENGTHS, 0.9, 0.95)),
+        (whiten, (VALUES,)),
+        (whiten, (VALUES, False)),
+        (policy_loss, (LOGPROBS, REF_LOGPROBS, VALUES, 0.2)),
+        (value_loss, (VALUES, LOGPROBS, REF_LOGPROBS, 0.2)),
+    ],
+)
+def test_no_argument_is_written_to(function, arguments):
+    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    function(*copies)
+    for before, after in zip(arguments, copies, strict=True):
+        assert not isinstance(before, torch.Tensor) or torch.equal(before, after)
+
+
+def test_adams_betas_and_epsilon():
+    """#53: InstructGPT's betas, and the epsilon of every PPO that reports one."""
+    optimizer = adam([(torch.nn.Linear(1, 1), 1e-3), (torch.nn.Linear(1, 1), 1e-4)])
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.95)
+        assert group["eps"] == 1e-5
+        assert group["weight_decay"] == 0
+
+
+# ---- the whole objective: the optimum of E[score] - kl_coef KL is pi_ref exp(score / kl_coef) / Z
+#
+# Words 0 and 1 and end-of-text 2, at most 3 tokens: 15 responses. The reference is uniform, the
+# score counts the 0s, and kl_coef is 0.5: E[score] rises from 0.7037 to 2.4552 at a KL of 1.6624.
+
+EOS, T, KL_COEF = 2, 3, 0.5
+RESPONSES = [(2,), (0, 2), (1, 2)] + [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2)]
+
+
+def optimum():
+    """The optimal probability of each of the RESPONSES, (15,)."""
+    reference = tensor([3.0 ** -len(r) for r in RESPONSES])
+    score = tensor([float(r.count(0)) for r in RESPONSES])
+    p = reference * (score / KL_COEF).exp()
+    p = p / p.sum()
+    assert (reference * score).sum().item() == pytest.approx(0.7037, abs=1e-4)
+    assert (p * score).sum().item() == pytest.approx(2.4552, abs=1e-4)
+    assert (p * (p / reference).log()).sum().item() == pytest.approx(1.6624, abs=1e-4)
+    return p
+
+
+def total_variation(p, q):
+    return (p - q).abs().sum().item() / 2
+
+
+@pytest.mark.parametrize("lam", [0.95, 1.0])
+def test_a_table_trained_by_ppo_reaches_the_optimum(lam):
+    """The policy is a table of logits, one row for each of the 7 prefixes without end-of-text."""
+
+    def prefix(tokens):  # a heap: token a leads from s to 2 s + 1 + a
+        s = 0
+        for a in tokens:
+            s = 2 * s + 1 + a
+        return s
+
+    g = torch.Generator().manual_seed(0)
+    table = torch.zeros(7, 3, requires_grad=True)
+    value_table = torch.zeros(7, requires_grad=True)
+    optimizer = torch.optim.Adam([table, value_table], eps=1e-5)
+    updates, episodes = 80, 512
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = 0.04 * (1 - update / updates)
+        states, actions = torch.zeros(2, episodes, T, dtype=torch.long)
+        s = torch.zeros(episodes, dtype=torch.long)
+        for t in range(T):
+            probabilities = table.detach()[s].softmax(-1)
+            states[:, t], actions[:, t] = s, probabilities.multinomial(1, generator=g)[:, 0]
+            s = (2 * s + 1 + actions[:, t]).clamp(max=6)  # after end-of-text: anything
+        ended = (actions == EOS).cumsum(1) - (actions == EOS).long()  # before this token
+        real = ended == 0
+        states, flat, lengths = states[real], actions[real], real.sum(1)
+        scores = ((actions == 0) & real).sum(1).float()
+
+        old_logprobs = table.detach().log_softmax(-1)[states, flat]
+        ref_logprobs = torch.full_like(old_logprobs, -math.log(3))
+        old_values = value_table.detach()[states]
+        rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, lengths, KL_COEF)
+        advantages, returns = gae(rewards, old_values, lengths, 1.0, lam)
+        advantages = whiten(advantages)
+        for _ in range(4):
+            logprobs, values = table.log_softmax(-1)[states, flat], value_table[states]
+            loss = policy_loss(logprobs, old_logprobs, advantages, 0.2)
+            loss = loss + value_loss(values, old_values, returns, 0.2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    log_p = table.detach().log_softmax(-1)
+    p = [sum(log_p[prefix(r[:t]), r[t]].item() for t in range(len(r))) for r in RESPONSES]
+    assert total_variation(tensor(p).exp(), optimum()) < 0.01  # beta 0 or a wrong sign: above 0.4
+
+
+def test_a_gpt_trained_by_ppo_reaches_the_optimum():
+    """The same with the network, its sampler and ragged batches, after prompts of two lengths."""
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(vocab_size=3, block_size=5, n_layer=1, n_head=2, n_embd=16)).eval()
+    value_model, ref_policy = ScalarModel(policy).eval(), copy.deepcopy(policy)
+    torch.nn.init.zeros_(ref_policy.ln_f.weight)  # hidden 0, so all logits are 0: uniform
+    optimizer = torch.optim.Adam([*policy.parameters(), *value_model.parameters()], eps=1e-5)
+    prompts = [[0], [1, EOS]] * 128
+    updates = 50
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - update / updates)
+        seed = torch.Generator().manual_seed(update)
+        responses = generate(policy, prompts, T, EOS, generator=seed)
+        batch = pack(prompts, responses)
+        with torch.no_grad():
+            scores = tensor([float(r.count(0)) for r in responses])
+            old_logprobs, ref_logprobs = (
+                token_logprobs(model, batch)[0] for model in (policy, ref_policy)
+            )
+            old_values = value_model.values(batch)
+        lengths = batch.lengths
+        rewards = kl_penalised_rewards(scores, old_logprobs, ref_logprobs, lengths, KL_COEF)
+        advantages, returns = gae(rewards, old_values, lengths, 1.0, 0.95)
+        advantages = whiten(advantages)
+        for _ in range(4):
+            loss = policy_loss(token_logprobs(policy, batch)[0], old_logprobs, advantages, 0.2)
+            loss = loss + value_loss(value_model.values(batch), old_values, returns, 0.2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    for prompt in prompts[:2]:
+        batch = pack([prompt] * len(RESPONSES), [list(r) for r in RESPONSES])
+        logprobs = token_logprobs(policy, batch)[0].detach().split(batch.lengths.tolist())
+        p = torch.stack([own.sum() for own in logprobs]).exp()
+        assert total_variation(p, optimum()) < 0.05

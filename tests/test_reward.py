@@ -1,0 +1,299 @@
+"""The ranking loss by hand, and the positions at which a ScalarModel is read."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import tensor
+
+from model import GPT, GPTConfig, ScalarModel, pack
+from reward import ranking_loss
+
+EOS = 0
+
+
+def close(actual, expected, tolerance=1e-6):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def loss_and_gradient(scores, ranks, counts):
+    scores = tensor(scores, dtype=torch.float64, requires_grad=True)
+    loss = ranking_loss(scores, tensor(ranks), counts)
+    loss.backward()
+    return loss.detach(), scores.grad
+
+
+# ---- the ranking loss ----
+
+
+def test_two_responses_lose_the_log_of_the_odds():
+    # -log sigmoid(1.5 - .5) = log(1 + e^-1) = 0.31326; gradient -+ sigmoid(-1) = 0.26894
+    loss, gradient = loss_and_gradient([1.5, 0.5], [1, 2], [2])
+    close(loss, 0.31326, 1e-5)
+    close(gradient, [-0.26894, 0.26894], 1e-5)
+
+
+def test_the_worse_response_ahead_loses_more():
+    # log(1 + e) = 1.31326: rank 1 is the best
+    loss, gradient = loss_and_gradient([1.5, 0.5], [2, 1], [2])
+    close(loss, 1.31326, 1e-5)
+    close(gradient, [0.73106, -0.73106], 1e-5)
+
+
+def test_equal_scores_lose_log_2():
+    """#42 kwise_sum."""
+    # six pairs of gradient -+ 1/2 and weight 1/6; the first wins 3, the second wins 2 and loses 1
+    loss, gradient = loss_and_gradient([0.7] * 4, [1, 2, 3, 4], [4])
+    close(loss, math.log(2))
+    close(gradient, [-0.25, -1 / 12, 1 / 12, 0.25])
+
+
+def test_four_responses_by_hand():
+    """#42 kwise_double_norm, kwise_sum."""
+    # margins 1 1.5 3 .5 2 1.5, log(1 + e^-m) = .31326 .20141 .04859 .47408 .12693 .20141,
+    # sum 1.36568, over 6 pairs
+    loss, _ = loss_and_gradient([2.0, 1.0, 0.5, -1.0], [1, 2, 3, 4], [4])
+    close(loss, 0.22761, 1e-5)
+
+
+def test_the_order_of_the_responses_does_not_matter():
+    loss, gradient = loss_and_gradient([2.0, 1.0, 0.5, -1.0], [1, 2, 3, 4], [4])
+    shuffled, shuffled_gradient = loss_and_gradient([0.5, -1.0, 2.0, 1.0], [3, 4, 1, 2], [4])
+    close(shuffled, loss, 1e-12)
+    close(shuffled_gradient, gradient[[2, 3, 0, 1]], 1e-12)
+
+
+def test_only_the_order_of_the_ranks_counts():
+    expected = loss_and_gradient([0.3, -1.0, 2.0], [2, 3, 1], [3])
+    for ranks in ([20, 30, 1], [3, 9, 2], [0, 5, -7]):
+        for own, other in zip(
+            loss_and_gradient([0.3, -1.0, 2.0], ranks, [3]), expected, strict=True
+        ):
+            close(own, other, 1e-12)
+
+
+def test_a_tie_makes_no_pair():
+    """#43."""
+    # ranks 1 2 2: two pairs, margins 1 and 3, (.31326 + .04859) / 2; the tie has no gradient
+    loss, gradient = loss_and_gradient([1.0, 0.0, -2.0], [1, 2, 2], [3])
+    close(loss, 0.180925, 1e-5)
+    # -sigmoid(-1) / 2, -sigmoid(-3) / 2
+    close(gradient, [-(0.268941 + 0.047426) / 2, 0.268941 / 2, 0.047426 / 2], 1e-5)
+
+
+def test_prompts_weigh_equally_whatever_their_number_of_pairs():
+    """#43."""
+    # one pair of margin 1, and 36 of margin 0: (.31326 + .69315) / 2
+    loss, gradient = loss_and_gradient([1.0, 0.0] + [5.0] * 9, [1, 2, *range(1, 10)], [2, 9])
+    close(loss, (0.313262 + 0.693147) / 2, 1e-5)
+    close(gradient[:2], [-0.268941 / 2, 0.268941 / 2], 1e-5)
+
+
+def test_a_prompt_without_a_pair_does_not_count():
+    """#43: ties only, and a lone response."""
+    loss, gradient = loss_and_gradient([9.0, 9.5, 1.0, 0.0, 7.0], [2, 2, 1, 2, 1], [2, 2, 1])
+    close(loss, 0.313262, 1e-5)
+    close(gradient, [0, 0, -0.268941, 0.268941, 0], 1e-5)
+
+
+@pytest.mark.parametrize("ranks, counts", [([1, 1, 1], [3]), ([1, 2, 3], [1, 1, 1])])
+def test_no_pair_at_all_is_0_with_zero_gradient(ranks, counts):
+    loss, gradient = loss_and_gradient([1.0, 2.0, 3.0], ranks, counts)
+    close(loss, 0.0, 0)
+    close(gradient, [0, 0, 0], 0)
+
+
+def test_scores_of_different_prompts_are_never_compared():
+    # shifting all scores of one prompt changes nothing
+    before = loss_and_gradient([1.0, 0.0, 0.2, 0.4], [1, 2, 2, 1], [2, 2])
+    after = loss_and_gradient([101.0, 100.0, 0.2, 0.4], [1, 2, 2, 1], [2, 2])
+    for own, other in zip(after, before, strict=True):
+        close(own, other, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [120.0, 1e4])
+def test_extreme_margins_stay_finite(margin, dtype):
+    """#44 log_of_sigmoid: in fp32 the sigmoid is 0 below -104."""
+    scores = tensor([-margin, 0.0], dtype=dtype, requires_grad=True)
+    wrong = ranking_loss(scores, tensor([1, 2]), [2])
+    wrong.backward()
+    close(wrong, margin)
+    close(scores.grad, [-1.0, 1.0])
+    close(ranking_loss(-scores, tensor([1, 2]), [2]), 0.0)
+
+
+def test_gradient_in_float64():
+    scores = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ranks = tensor([2, 1, 1, 1, 2, 3, 4, 5, 5])
+    assert torch.autograd.gradcheck(
+        lambda x: ranking_loss(x, ranks, [3, 1, 5]), scores.requires_grad_()
+    )
+
+
+def test_no_argument_is_written_to():
+    scores, ranks, counts = tensor([1.0, 2.0, 3.0]), tensor([2, 1, 1]), [2, 1]
+    ranking_loss(scores, ranks, counts)
+    assert scores.tolist() == [1, 2, 3] and ranks.tolist() == [2, 1, 1] and counts == [2, 1]
+
+
+# ---- where a ScalarModel is read ----
+
+
+def tiny_gpt(**overrides):
+    """A small GPT whose every parameter, biases and layer-norm gains included, is random."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 13, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    gpt = GPT(GPTConfig(**sizes | overrides))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return gpt.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ScalarModel(tiny_gpt()).eval()
+
+
+# 6, 2 and 8 tokens; the last prompt has an end-of-text of its own, and its response was cut off
+PROMPTS = [[3, 5], [7], [1, EOS, 4, 4, 9]]
+RESPONSES = [[2, 8, 6, EOS], [EOS], [11, 12, 2]]
+
+
+def test_shapes(model):
+    batch = pack(PROMPTS, RESPONSES)
+    assert model(batch).shape == (16,)
+    assert model.values(batch).shape == (8,)
+    assert model.score(batch).shape == (3,)
+
+
+@torch.no_grad()
+def test_score_is_read_at_the_last_token(model):
+    """#15 rm_reads_last_column, #16 rm_reads_before_eos, #18: whatever the prompt contains."""
+    batch = pack(PROMPTS, RESPONSES)
+    close(model.score(batch), model(batch)[[5, 7, 15]])
+
+
+@torch.no_grad()
+def test_values_are_read_before_each_response_token(model):
+    """#2 value_after_token."""
+    batch = pack(PROMPTS, RESPONSES)
+    close(model.values(batch), model(batch)[[1, 2, 3, 4, 6, 12, 13, 14]])
+
+
+@torch.no_grad()
+def test_a_value_is_the_score_of_what_has_been_said_so_far(model):
+    """#2: V_t of a response is the score of its first t tokens, none of them for V_0."""
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        values = model.values(pack([prompt], [response]))
+        so_far = [response[:t] for t in range(len(response))]
+        close(values, model.score(pack([prompt] * len(so_far), so_far)), 1e-5)
+
+
+@torch.no_grad()
+def test_a_token_changes_the_values_after_it_only(model):
+    """#2 value_after_token, #3 future_leak."""
+    before = model.values(pack([[3, 5]], [[2, 8, 6, EOS]]))
+    after = model.values(pack([[3, 5]], [[2, 9, 6, EOS]]))  # the token of index 1
+    assert torch.equal(before[:2], after[:2])
+    assert ((before[2:] - after[2:]).abs() > 1e-4).all()
+
+
+@torch.no_grad()
+def test_another_last_token_is_another_score_and_no_other_value(model):
+    """#16 rm_reads_before_eos."""
+    ended, cut = pack([[3, 5]], [[2, 8, EOS]]), pack([[3, 5]], [[2, 8, 6]])
+    assert (model.score(ended) - model.score(cut)).abs() > 1e-4
+    assert torch.equal(model.values(ended), model.values(cut))
+
+
+@torch.no_grad()
+def test_every_token_before_the_last_can_move_the_score(model):
+    # whether it stands in the prompt, in the response, or after an end-of-text in the prompt
+    score = model.score(pack([[3, EOS, 5]], [[2, 8, EOS]]))
+    for prompt, response in [
+        ([4, EOS, 5], [2, 8, EOS]),
+        ([3, 6, 5], [2, 8, EOS]),
+        ([3, EOS, 6], [2, 8, EOS]),
+        ([3, EOS, 5], [2, 9, EOS]),
+    ]:
+        assert (model.score(pack([prompt], [response])) - score).abs() > 1e-4
+
+
+@torch.no_grad()
+def test_a_neighbour_changes_neither_score_nor_values(model):
+    """#5 no_attn_mask, #15, #17 rm_max_len_of_pair, #19 pooling over positions."""
+    together = pack(PROMPTS, RESPONSES)
+    scores, values = model.score(together), model.values(together).split([4, 1, 3])
+    for i in range(3):
+        alone = pack(PROMPTS[i : i + 1], RESPONSES[i : i + 1])
+        close(scores[i : i + 1], model.score(alone), 1e-5)
+        close(values[i], model.values(alone), 1e-5)
+
+
+@torch.no_grad()
+def test_the_bias_of_the_head_shifts_scores_and_values(model):
+    """#47: the normalisation is this bias, so it travels with the weights."""
+    batch, shifted = pack(PROMPTS, RESPONSES), ScalarModel(tiny_gpt()).eval()
+    shifted.load_state_dict(model.state_dict())
+    shifted.head.bias += 2.5
+    close(shifted.score(batch), model.score(batch) + 2.5, 1e-5)
+    close(shifted.values(batch), model.values(batch) + 2.5, 1e-5)
+
+
+def test_gradients_reach_the_whole_body_but_only_what_the_score_has_seen(model):
+    model.zero_grad()
+    model.score(pack([[3, 5], [7]], [[2, EOS], [9, EOS]]))[0].backward()
+    # the output of the last layer at the last position is read, and thereby all before it
+    assert all(p.grad is not None for p in model.parameters())
+    moved = model.gpt.wte.weight.grad.abs().sum(1) > 0
+    assert moved.nonzero()[:, 0].tolist() == [EOS, 2, 3, 5]  # no token of the neighbour
+    model.zero_grad()
+
+
+def test_the_head_starts_with_std_1_over_sqrt_c_plus_1():
+    # 1 / sqrt(1025) = 0.03123; 1,024 draws know their std to 2.2 %, and 0.02 is 36 % off
+    torch.manual_seed(0)
+    head = ScalarModel(tiny_gpt(n_layer=1, n_embd=1024)).head
+    assert head.weight.std().item() == pytest.approx(1025**-0.5, rel=0.1)
+    assert abs(head.weight.mean().item()) < 4.5 * 1025**-0.5 / 32
+    assert head.bias.item() == 0
+
+
+def test_a_scalar_model_is_a_copy_of_the_gpt():
+    """#48: no shared storage, and training one leaves the other alone."""
+    gpt = tiny_gpt()
+    before = {name: p.clone() for name, p in gpt.state_dict().items()}
+    model = ScalarModel(gpt)
+    for name, p in model.gpt.state_dict().items():
+        assert torch.equal(p, before[name])
+    pointers = {p.data_ptr() for p in gpt.parameters()}
+    assert pointers.isdisjoint(p.data_ptr() for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=1.0).step(
+        lambda: model.score(pack([[3]], [[2, EOS]])).sum().backward()
+    )
+    assert not torch.equal(model.gpt.wte.weight, gpt.wte.weight)
+    for name, p in gpt.state_dict().items():
+        assert torch.equal(p, before[name])
+
+
+def test_the_body_is_the_gpts(model):
+    # with a head that reads channel c, the scalar model returns channel c of the GPT's hidden state
+    gpt, batch = tiny_gpt(), pack(PROMPTS, RESPONSES)
+    reader = ScalarModel(gpt).eval()
+    with torch.no_grad():
+        reader.head.weight.copy_(F.one_hot(tensor([3]), 16))
+        close(reader(batch), gpt(batch)[:, 3])
+
+
+def test_dropout_is_off_in_eval_mode():
+    """#6 dropout_on."""
+    batch, noisy = pack(PROMPTS, RESPONSES), ScalarModel(tiny_gpt(dropout=0.5)).train()
+    with torch.no_grad():
+        assert not torch.equal(noisy.score(batch), noisy.score(batch))
+        noisy.eval()
+        assert torch.equal(noisy.score(batch), noisy.score(batch))
