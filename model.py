@@ -55,8 +55,8 @@ FUSED = False  # no GPU has run these kernels yet: flip when tests/bench_attenti
 Groups = tuple[list[tuple[int, int]], Tensor, Tensor]  # what length_groups returns
 
 
-def use_kernels(qkv: Tensor) -> bool:
-    return FUSED and triton is not None and qkv.is_cuda
+def use_kernels(x: Tensor) -> bool:
+    return FUSED and triton is not None and x.is_cuda
 
 
 def attention(
@@ -397,10 +397,16 @@ class Batch:
         self.groups = length_groups(self.cu_seqlens)
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], device: str = "cpu") -> Batch:
-    """Lays B prompts and their responses end to end. ValueError for an empty prompt."""
+def refuse_empty(prompts: list[list[int]]) -> None:
     if not all(prompts):
         raise ValueError("an empty prompt decides nothing; give every prompt at least one token")
+
+
+def pack(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu"
+) -> Batch:
+    """Lays B prompts and their responses end to end. ValueError for an empty prompt."""
+    refuse_empty(prompts)
     pairs = list(zip(prompts, responses, strict=True))
     tokens = torch.tensor([t for p, r in pairs for t in p + r])
     sizes = torch.tensor([n for p, r in pairs for n in (len(p), len(r))])  # (2B,) alternating
@@ -565,22 +571,30 @@ def chunked_logprobs(
     The head sees a chunk of positions at a time and is computed anew in the backward pass, so that
     no more than LOGITS_AT_ONCE logits ever exist.
     """
+    piece = compiled_logprobs() if use_kernels(hidden) else _logprobs
     chunk = max(1, LOGITS_AT_ONCE // len(weight))
     if len(tokens) <= chunk:
-        return _logprobs(hidden, weight, tokens, temperature)
+        return piece(hidden, weight, tokens, temperature)
     parts = [
-        checkpoint(_logprobs, h, weight, t, temperature, use_reentrant=False)
+        checkpoint(piece, h, weight, t, temperature, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
     ]
     logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
     return logprobs, entropy
 
 
-def _logprobs(hidden, weight, tokens, temperature):
+def _logprobs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logprobs = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (n, V)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+@functools.cache
+def compiled_logprobs() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_logprobs, dynamic=True)  # fuses all that follows the head's product
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) -> Tensor:
@@ -592,9 +606,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) ->
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     cdf = logits.softmax(-1).cumsum(-1)
-    total = cdf[:, -1:]
-    # strictly below the total, so that a token of probability 0 at the end is never drawn
-    level = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    level = uniform[:, None] * cdf[:, -1:]  # < the total: no token of probability 0 is drawn
     return torch.searchsorted(cdf, level, right=True)[:, 0]
 
 
@@ -629,8 +641,9 @@ def generate(
     are more than max_rows. Token t of prompt b is drawn with uniform[b, t], whatever its row.
     ValueError if the longest prompt and max_new_tokens exceed block_size.
     """
+    refuse_empty(prompts)
     config, device = model.config, model.wte.weight.device
-    S = max(map(len, prompts)) + max_new_tokens
+    S = max(map(len, prompts), default=1) + max_new_tokens
     if S > config.block_size:
         raise ValueError(
             f"longest prompt + max_new_tokens = {S} exceeds block_size={config.block_size}; "
@@ -642,6 +655,10 @@ def generate(
     responses: list[list[int]] = [[] for _ in prompts]
     hidden = model.wte.weight.new_empty(0, config.n_embd)  # (live, C) decides each row's next token
     who = lengths = torch.empty(0, dtype=torch.long, device=device)  # (live,) prompt; cached tokens
+
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        return decode_attention(qkv.to(cache.dtype), cache[layer][:, : len(qkv)], lengths)
+
     admitted, training = 0, model.training
     model.eval()
     while len(who) or admitted < len(prompts):
@@ -657,16 +674,13 @@ def generate(
             responses[b].append(token)
         alive = (tokens != eos_token) & (step + 1 < max_new_tokens)
         live = int(alive.sum())
-        holes, movers = (~alive[:live]).nonzero()[:, 0], alive[live:].nonzero()[:, 0] + live
-        for x in (who, lengths, tokens, *cache.flatten(0, 1)):
-            x[holes] = x[movers]
-        who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
+        if live < len(alive):
+            holes, movers = (~alive[:live]).nonzero()[:, 0], alive[live:].nonzero()[:, 0] + live
+            for x in (who, lengths, tokens, *cache.flatten(0, 1)):
+                x[holes] = x[movers]
+            who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
         if live:
-            hidden = model.body(
-                tokens,
-                lengths,
-                lambda layer, qkv: decode_attention(qkv, cache[layer][:, :live], lengths),  # noqa: B023
-            )
+            hidden = model.body(tokens, lengths, attend)
             lengths = lengths + 1
         else:
             hidden = hidden[:0]

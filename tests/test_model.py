@@ -1,7 +1,6 @@
 """The network against GPT-2, and the ragged batch, scoring and sampling against naive loops."""
 
 import copy
-import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -28,7 +27,6 @@ from model import (
 
 REFERENCE = Path(__file__).parents[2] / "shared/data/gpt2_reference/tiny_random_gpt2.npz"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-ROTARY = "rotary" in {field.name for field in dataclasses.fields(GPTConfig)}
 PROMPTS = [[3, 5], [7], [1, 0, 4, 4, 9]]
 RESPONSES = [[2, 8, 0], [0], [10, 6, 2, 2, 6]]
 
@@ -310,21 +308,6 @@ def test_a_nan_in_a_neighbour_stays_there():
     close(logprobs[1:], clean, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "rotary", [False, pytest.param(True, marks=pytest.mark.skipif(not ROTARY, reason="no rotary"))]
-)
-@torch.no_grad()
-def test_rotary_positions_are_relative_and_learned_ones_are_not(rotary):
-    """#4 no_position_ids."""
-    gpt = tiny_gpt(rotary=True) if rotary else tiny_gpt()
-    batch, later = pack(PROMPTS, RESPONSES), pack(PROMPTS, RESPONSES)
-    later.positions = later.positions + 7
-    assert torch.allclose(gpt(batch), gpt(later), atol=1e-4) == rotary
-    # but the order of the tokens counts
-    one, other = (gpt(pack([tokens], [[]]))[-1] for tokens in ([1, 2, 3, 4], [2, 1, 3, 4]))
-    assert (one - other).abs().max() > 1e-3
-
-
 # ---- scoring ----
 
 
@@ -529,9 +512,9 @@ def seeded(seed):
 
 
 @functools.cache
-def naive_responses(temperature, top_k, rotary):
+def naive_responses(temperature, top_k):
     """A forward pass over everything for each token; token t of prompt b has uniform[b, t]."""
-    gpt = tiny_gpt(rotary=True) if rotary else tiny_gpt()
+    gpt = tiny_gpt()
     responses = []
     for prompt, numbers in zip(MANY, torch.rand(len(MANY), NEW, generator=seeded(3)), strict=True):
         response = []
@@ -552,12 +535,12 @@ def naive_responses(temperature, top_k, rotary):
 @pytest.mark.usefixtures("unset_memory_is_nan")
 @pytest.mark.parametrize("max_rows", [256, 7, 1])
 @pytest.mark.parametrize(
-    "temperature, top_k, rotary",
-    [(0, 0, False), (1.0, 0, False), (0.7, 0, False), (1.3, 3, False)] + [(1.0, 0, True)] * ROTARY,
+    "temperature, top_k",
+    [(0, 0), (1.0, 0), (0.7, 0), (1.3, 3)],
 )
-def test_generate_is_the_naive_loop(temperature, top_k, rotary, max_rows):
+def test_generate_is_the_naive_loop(temperature, top_k, max_rows):
     """#4, #5, #8: thirty prompts of 1 to 9 tokens, all in the cache or a few at a time."""
-    gpt, expected = naive_responses(temperature, top_k, rotary)
+    gpt, expected = naive_responses(temperature, top_k)
     prompts = copy.deepcopy(MANY)
     responses = generate(
         gpt, prompts, NEW, 0, temperature, top_k, generator=seeded(3), max_rows=max_rows
