@@ -587,7 +587,7 @@ def test_generate_refuses_an_empty_prompt_and_restores_the_mode():
 @pytest.mark.parametrize("training", [True, False])
 def test_generate_samples_without_dropout_and_restores_the_mode(training):
     """#6 dropout_on."""
-    _, expected = naive_responses(1.0, 0, False)
+    _, expected = naive_responses(1.0, 0)
     gpt = tiny_gpt(dropout=0.5).train(training)
     assert generate(gpt, MANY, NEW, 0, generator=seeded(3)) == expected
     assert all(module.training == training for module in gpt.modules())

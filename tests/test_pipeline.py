@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import torch
 import ppo
 import reward
 import sft
-from data.records import load_comparisons
-from model import GPT, ScalarModel, load_checkpoint
+from data import labeler, toy
+from data.records import load_comparisons, load_demonstrations, save_records
+from model import GPT, Codec, Run, ScalarModel, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,8 +55,23 @@ def fine_tuned(sft_config) -> dict:
 
 @pytest.fixture(scope="module")
 def reward_config(out) -> reward.Config:
+    """Comparisons of four writers, for a model this small writes nothing worth a ranking."""
+    rng, comparisons = Random(0), []
+    for _ in range(400):
+        task = toy.random_task(rng)
+        prompt = toy.ask(task, rng)
+        responses = [toy.reply(task, rng, writer) for writer in toy.WRITERS[:4]]
+        ranks = labeler.rank(prompt, responses, rng, noise=0.5)
+        comparisons.append({"prompt": prompt, "responses": responses, "ranks": ranks})
+    save_records(out / "comparisons.jsonl", comparisons)
+    save_records(out / "demonstrations.jsonl", toy.demonstrations(200, 1))
     return reward.Config(
-        out=str(out / "reward"), sft=str(out / "sft"), prompts=160, epochs=2, lr=3e-3
+        out=str(out / "reward"),
+        sft=str(out / "sft"),
+        comparisons=str(out / "comparisons.jsonl"),
+        demonstrations=str(out / "demonstrations.jsonl"),
+        epochs=2,
+        lr=3e-3,
     )
 
 
@@ -103,18 +120,23 @@ def test_the_reward_model_beats_chance(rewarded, reward_config):
     report = json.loads((Path(reward_config.out) / "report.json").read_text())
     share, half_width, pairs = report["reward model, held-out comparisons"]
     assert share == rewarded["accuracy"] and 0 < half_width < 0.2 and pairs > 50
-    comparisons = load_comparisons(Path(reward_config.out) / "comparisons.jsonl")
-    assert all(len(set(c["responses"])) == len(c["responses"]) for c in comparisons)
+
+
+def test_collecting_ranks_different_samples(fine_tuned, reward_config, tmp_path):
+    config = replace(reward_config, out=str(tmp_path), comparisons="toy", prompts=20)
+    reward.main(config)
+    comparisons = load_comparisons(tmp_path / "comparisons.jsonl")
+    assert len(comparisons) == 20
+    for row in comparisons:
+        assert len(set(row["responses"])) == len(row["responses"]) == len(row["ranks"])
+    assert "rank 1" in (tmp_path / "samples.txt").read_text()
 
 
 def test_demonstrations_score_zero(rewarded, reward_config):
-    from data import toy
-    from model import Codec
-
     model, codec = ScalarModel.load(reward_config.out), Codec.load(reward_config.out)
     records = [
         {"prompt": d["prompt"], "responses": [d["response"]], "ranks": [1]}
-        for d in toy.demonstrations(500, reward_config.seed + 1)
+        for d in load_demonstrations(reward_config.demonstrations)
     ]
     tokenised = reward.tokenised(records, codec, model.gpt.config.block_size)
     scores = [s for (s,) in reward.score_all(model, tokenised, reward_config)]
@@ -189,8 +211,6 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch, steps: int, start) -> None:
     """Runs start() until the run has logged this many steps, then pulls the plug."""
-    from model import Run
-
     logged, log = 0, Run.log
 
     def counting(self, *args, **kwargs):
@@ -236,7 +256,14 @@ def test_fine_tuning_resumes_bit_for_bit(fine_tuned, sft_config, monkeypatch, tm
 
 
 def test_the_reward_model_resumes_bit_for_bit(rewarded, reward_config, monkeypatch, tmp_path):
-    config = replace(reward_config, out=str(tmp_path / "a"), prompts=40, epochs=1, save_every=3)
+    config = replace(
+        reward_config,
+        out=str(tmp_path / "a"),
+        comparisons="toy",
+        prompts=40,
+        epochs=1,
+        save_every=3,
+    )
     reward.main(config)
     config = replace(config, out=str(tmp_path / "b"))
     killed_after(monkeypatch, 4, lambda: reward.main(config))
