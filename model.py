@@ -85,7 +85,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
 
 # --- In plain PyTorch: pad on the right, in groups of similar length
 
-PADS = 64  # a group may hold: attending to more costs more than another group's operators
+PADS = 64  # a group may hold; more would cost more time than the operators of another group
 
 
 def length_groups(cu_seqlens: Tensor) -> Groups:
@@ -154,7 +154,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = Non
 
 if triton:
     LOG2E = constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and exp2 is the hardware's own
-    # BLOCK and STEP (see fused_attention), warps that run a program, pipeline stages of its loads
+    # BLOCK and STEP (see fused_attention), warps that run a program, pipeline stages of its loads;
+    # beyond D = 64 they need 115 KB of shared memory: an A100 or H100 has that, an RTX 4090 not
     TILES = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 64, 4, 1)}
     FP32_TILE = (32, 16, 4, 1)  # larger ones do not fit into the registers
 
@@ -224,7 +225,7 @@ if triton:
     fused_attention.register_fake(empty_outputs)
     fused_attention.register_autograd(backward, setup_context=save)
     fused_backward.register_fake(lambda qkv, *_: torch.empty_like(qkv))
-    fused_decode.register_fake(lambda qkv, *_: qkv.new_empty(len(qkv), *qkv.shape[2:]))
+    fused_decode.register_fake(lambda qkv, *_: qkv.new_empty(qkv[:, 0].shape))
 
     @triton.jit
     def load(base, i0, n, stride, ROWS, D):  # -> (ROWS, D)

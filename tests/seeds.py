@@ -2,8 +2,8 @@
 
     python tests/seeds.py 11 12 13        # into out/seed11, ...; finished seeds are not run again
 
-A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds, each
-seed's own mean in brackets.
+A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds. The gold
+score of each seed stands in brackets.
 """
 
 import json
@@ -38,8 +38,10 @@ def cell(rows: list[dict], column: str) -> str:
     mean = sum(values) / len(values)
     half_widths = [row.get(f"{column}_ci") or 0 for row in rows]
     pooled = sum(h * h for h in half_widths) ** 0.5 / len(rows)
-    each = " / ".join(f"{value:.2f}" for value in values)
-    return f"{mean:.2f} ± {pooled:.2f} ({each})" if pooled else f"{mean:.2f} ({each})"
+    text = f"{mean:.2f} ± {pooled:.2f}" if pooled else f"{mean:.2f}"
+    if column == "gold":
+        text += f" ({' / '.join(f'{value:.2f}' for value in values)})"
+    return text
 
 
 def table(results: list[list[dict]], columns: tuple[str, ...]) -> str:
