@@ -680,11 +680,8 @@ def generate(
             for x in (who, lengths, tokens, *cache.flatten(0, 1)):
                 x[holes] = x[movers]
             who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
-        if live:
-            hidden = model.body(tokens, lengths, attend)
-            lengths = lengths + 1
-        else:
-            hidden = hidden[:0]
+        hidden = model.body(tokens, lengths, attend) if live else hidden[:0]
+        lengths = lengths + 1
     model.train(training)
     return responses
 

@@ -57,7 +57,7 @@ class Config(RunConfig):
     max_new_tokens: int = 80  # longest response
     temperature: float = 1.0  # of sampling
     demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
-    epochs: int = 3  # passes over the comparisons (InstructGPT: 1; the README says why)
+    epochs: int = 3  # passes over the comparisons (InstructGPT: 1, over more of them)
     batch_size: int = 4  # prompts a step, with all their responses
     lr: float = 1e-3  # peak learning rate
     held_out: float = 0.1  # share of the prompts that only measures accuracy
