@@ -760,9 +760,24 @@ def generator(*place: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*place))
 
 
+@functools.lru_cache(maxsize=2)  # every step of an epoch asks for the same one
+def permutation(n: int, *place: int | str) -> list[int]:
+    return torch.randperm(n, generator=generator(*place)).tolist()
+
+
 def shuffled(items: Sequence, *place: int | str) -> list:
-    order = torch.randperm(len(items), generator=generator(*place))
-    return [items[i] for i in order.tolist()]
+    return [items[i] for i in permutation(len(items), *place)]
+
+
+def steps_per_epoch(items: Sequence, batch_size: int) -> int:
+    return -(-len(items) // batch_size)
+
+
+def batch_at(step: int, items: Sequence, batch_size: int, *place: int | str) -> list:
+    """The items of this step: every epoch goes through all of them in a new order."""
+    epoch, i = divmod(step, steps_per_epoch(items, batch_size))
+    order = permutation(len(items), *place, epoch)
+    return [items[j] for j in order[i * batch_size :][:batch_size]]
 
 
 def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:

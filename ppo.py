@@ -488,12 +488,14 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     answers["sft_greedy"] = contest.answers("sft_greedy", sft, temperature=0), None
     answers[f"best_of_{BEST_OF}"] = contest.best_of_n(), None
     answers |= {name: (contest.answers(name, model), model) for name, model in policies.items()}
-    _, rival = evaluate(contest, "sft", *answers["sft"], [])
+    # the fine-tuned model first: its gold scores are what the others' win rates are against
+    sft_row, rival = evaluate(contest, "sft", *answers["sft"], [])
     rows = []
     for name, (responses, model) in answers.items():
-        rows.append(evaluate(contest, name, responses, model, [] if name == "sft" else rival)[0])
+        row = sft_row if name == "sft" else evaluate(contest, name, responses, model, rival)[0]
         if name.startswith("best_of"):  # an upper bound (Stiennon et al. 2020, appendix G.3)
-            rows[-1]["kl"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+            row["kl"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+        rows.append(row)
     print_table(rows)
     results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
     blocks = []

@@ -30,6 +30,7 @@ from model import (
     RunConfig,
     ScalarModel,
     adam,
+    batch_at,
     command,
     fit,
     generate,
@@ -40,8 +41,8 @@ from model import (
     precision,
     resolve_device,
     seed_of,
-    shuffled,
     split_by_tokens,
+    steps_per_epoch,
     write_atomically,
 )
 
@@ -169,12 +170,9 @@ def score_all(
 
 def train(run: Run, comparisons: list[Comparison]) -> None:
     config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
-    per_epoch = -(-len(comparisons) // config.batch_size)
-    steps = config.epochs * per_epoch
+    steps = config.epochs * steps_per_epoch(comparisons, config.batch_size)
     for step in run.steps(steps):
-        epoch, i = divmod(step, per_epoch)
-        order = shuffled(comparisons, config.seed, "reward", epoch)
-        chosen = order[i * config.batch_size :][: config.batch_size]
+        chosen = batch_at(step, comparisons, config.batch_size, config.seed, "reward")
         lr, total = lr_schedule(step, steps, warmup=steps // 20), sum(c.decides for c in chosen)
         loss, norms = optimizer_step(optimizer, losses(model, chosen, config), max(1, total), lr)
         run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})

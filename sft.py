@@ -27,6 +27,7 @@ from model import (
     Run,
     RunConfig,
     adam,
+    batch_at,
     batches,
     command,
     fit,
@@ -38,6 +39,7 @@ from model import (
     resolve_device,
     seed_of,
     shuffled,
+    steps_per_epoch,
     token_logprobs,
 )
 
@@ -108,11 +110,9 @@ def train(run: Run, pairs: list[Pair], epochs: int, batch_size: int, asked: list
     model, optimizer = run.state["model"], run.state["optimizer"]
     held_out = max(1, int(config.held_out * len(pairs)))
     held_out, pairs = pairs[:held_out], pairs[held_out:]
-    per_epoch = -(-len(pairs) // batch_size)
-    steps = epochs * per_epoch
+    steps = epochs * steps_per_epoch(pairs, batch_size)
     for step in run.steps(steps):
-        epoch, i = divmod(step, per_epoch)
-        chosen = shuffled(pairs, config.seed, run.stage, epoch)[i * batch_size :][:batch_size]
+        chosen = batch_at(step, pairs, batch_size, config.seed, run.stage)
         prompts, responses = map(list, zip(*chosen, strict=True))
         torch.manual_seed(seed_of(config.seed, run.stage, step))  # dropout
         model.train()
