@@ -512,23 +512,27 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     @classmethod
-    def load(cls, folder: str, dropout: float = 0.0) -> "GPT":
-        """The language model of a stage's folder."""
+    def load(cls, folder: str | Path, dropout: float = 0.0, average: bool = False) -> "GPT":
+        """The language model of a stage's folder, or the moving average of its weights."""
         saved = load_checkpoint(folder)
         model = cls(GPTConfig(**saved["gpt"] | {"dropout": dropout}))
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved["training"]["average"] if average else saved["model"])
         return model
 
 
 class ScalarModel(nn.Module):
-    """A copy of a GPT's body with one linear head: the reward model and the value model."""
+    """A GPT's body with one linear head: the reward model and the value model.
 
-    def __init__(self, gpt: GPT):
+    The body is a copy; or, if shared, the GPT's own, and the head starts at 0 (Ziegler 2019).
+    """
+
+    def __init__(self, gpt: GPT, shared: bool = False):
         super().__init__()
-        self.gpt = copy.deepcopy(gpt)
+        self.gpt = gpt if shared else copy.deepcopy(gpt)
         self.head = nn.Linear(gpt.config.n_embd, 1)
         # std 1/sqrt(C + 1): Stiennon et al. 2020, appendix B.1, as summarize-from-feedback codes it
-        nn.init.normal_(self.head.weight, std=(gpt.config.n_embd + 1) ** -0.5)
+        std = 0.0 if shared else (gpt.config.n_embd + 1) ** -0.5
+        nn.init.normal_(self.head.weight, std=std)
         nn.init.zeros_(self.head.bias)
 
     @classmethod
@@ -879,7 +883,20 @@ class Codec:
         return cls(from_state(state["tokenizer"]), state["template"])
 
 
-def fit(prompt: list[int], response: list[int], block_size: int) -> tuple[list[int], list[int]]:
+Pair = tuple[list[int], list[int]]  # tokens of a prompt and of its response
+
+
+def documents(texts: list[str], codec: Codec, block_size: int) -> list[Pair]:
+    """Documents in pieces of at most block_size tokens; a piece begins with the last one's end."""
+    pairs = []
+    for text in texts:
+        tokens = codec.response(text)
+        for i in range(0, len(tokens) - 1, block_size - 1):
+            pairs.append((tokens[i : i + 1], tokens[i + 1 : i + block_size]))
+    return pairs
+
+
+def fit(prompt: list[int], response: list[int], block_size: int) -> Pair:
     """The pair with its prompt cut from the left until both fit; the response is never cut."""
     room = block_size - len(response)
     if room < 1:

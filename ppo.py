@@ -8,14 +8,18 @@ side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO wi
 
     python ppo.py                              # train with and without the KL penalty, compare
     python ppo.py --kl_coef 0.3 --no-ablation  # a tighter leash, and no second run
+    python ppo.py --ptx_coef 0.5 --out out/ppo_ptx --no-ablation        # PPO-ptx
+    python ppo.py --init out/ppo --reward_model out/reward2 --out out/ppo2  # iterate
+    python ppo.py --compare out/ppo,out/ppo_ptx --out out/compare       # the comparison alone
     python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
-
-Left out of the paper: the pretraining gradients of PPO-ptx, and the moving average of the weights.
 """
 
+import copy
+import itertools
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,18 +28,21 @@ import torch
 from torch import Tensor
 
 from data import toy
-from data.records import load_prompts, printable
+from data.records import load_prompts, load_texts, printable
 from model import (
     GPT,
     Codec,
+    Pair,
     Run,
     RunConfig,
     ScalarModel,
     adam,
     batches,
     command,
+    documents,
     generate,
     generator,
+    load_checkpoint,
     lr_schedule,
     mean_and_interval,
     optimizer_step,
@@ -50,9 +57,11 @@ from model import (
 @dataclass
 class Config(RunConfig):
     out: str = "out/ppo"  # run folder; the run without a KL penalty has <out>_no_kl
-    sft: str = "out/sft"  # folder of the fine-tuned model: the policy and its reference
+    sft: str = "out/sft"  # folder of the fine-tuned model: the policy's start and its reference
+    init: str = ""  # folder of a policy to continue, in place of the fine-tuned model
     reward_model: str = "out/reward"  # folder of the reward model, where the value model starts
-    base: str = "out/base"  # folder of the base model, for the comparison alone
+    trust: bool = False  # train even on a reward model that is not better than chance
+    base: str = "out/base"  # folder of the base model, for the comparison
     prompts: str = "toy"  # toy, or a .jsonl file of prompts
     iterations: int = 50  # rollouts, each followed by ppo_epochs passes over it
     batch_size: int = 64  # prompts in a rollout (InstructGPT: 512)
@@ -68,10 +77,20 @@ class Config(RunConfig):
     lam: float = 0.95  # GAE's lambda: 0 trusts the value model, 1 the observed returns
     cliprange: float = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
     cliprange_value: float = 0.2  # likewise for the value model's change
+    max_approx_kl: float = 0.0  # policy/approx_kl that ends an iteration's updates; 0: none does
     temperature: float = 1.0  # of sampling, and of the log-probabilities that PPO compares
     max_new_tokens: int = 80  # longest response
-    missing_eos_score: float = -1.0  # the score of a response that does not end
+    missing_eos_score: float = -1.0  # the score of a response that does not end; nan keeps its own
+    # variants
+    value: str = "model"  # model: from the reward model; head: a linear layer on the policy
+    vf_coef: float = 0.1  # weight of the value loss if its head shares the policy's network
+    ema_decay: float = 0.9  # of the averaged policy, per iteration (InstructGPT: 0.992); 0: none
+    ptx_coef: float = 0.0  # weight of the pretraining loss: PPO-ptx (InstructGPT's gamma: 27.8)
+    ptx_ratio: float = 0.5  # documents per response in an optimiser step (InstructGPT: 8)
+    texts: str = "toy"  # the documents: toy, .txt, a folder of .txt, or .jsonl with {"text": ...}
+    # the comparison
     ablation: bool = True  # also train without the KL penalty
+    compare: str = ""  # folders of policies, with commas between them: compare, do not train
     eval_prompts: int = 300  # held-out prompts of the comparison
     split: str = "test"  # toy prompts of the comparison: test; dev while you tune
 
@@ -155,7 +174,24 @@ class Models:
     ref_policy: GPT
     reward_model: ScalarModel
     value_model: ScalarModel
+    average: GPT  # the policy's moving average: evaluated, never sampled from in training
     codec: Codec
+    documents: list[Pair]  # of PPO-ptx
+
+    @classmethod
+    def load(cls, config: Config) -> "Models":
+        """All networks where they start, in eval mode: there is no dropout anywhere in RL."""
+        device, codec = resolve_device(config.device), Codec.load(config.sft)
+        policy = GPT.load(config.init or config.sft).to(device).eval()
+        ref_policy = GPT.load(config.sft).to(device).eval()
+        reward_model = ScalarModel.load(config.reward_model).to(device).eval()
+        value_model = copy.deepcopy(reward_model)
+        if config.value == "head":
+            value_model = ScalarModel(policy, shared=True).to(device).eval()
+        average = copy.deepcopy(policy)
+        texts = pretraining_texts(config) if config.ptx_coef else []
+        pairs = documents(texts, codec, policy.config.block_size)
+        return cls(policy, ref_policy, reward_model, value_model, average, codec, pairs)
 
 
 @dataclass
@@ -207,7 +243,8 @@ def sample_and_score(
         parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
     lengths, scores, logprobs, ref_logprobs, values = map(torch.cat, zip(*parts, strict=True))
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
-    scores = torch.where(ended == 1, scores, config.missing_eos_score)
+    if not math.isnan(config.missing_eos_score):
+        scores = torch.where(ended == 1, scores, config.missing_eos_score)
     rewards = kl_penalised_rewards(scores, logprobs, ref_logprobs, lengths, kl_coef)
     advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
     known = (lengths, ended, scores, logprobs, ref_logprobs, values, whiten(advantages), returns)
@@ -225,17 +262,28 @@ def update(
     """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics."""
     columns = (rollout.old_logprobs, rollout.advantages, rollout.old_values, rollout.returns)
     known = torch.stack(columns, dim=1).split(rollout.lengths.tolist())  # B times (L, 4)
-    stats: list[dict[str, float]] = []
+    stats: dict[str, list[float]] = defaultdict(list)
     for epoch in range(config.ppo_epochs):
         order = shuffled(range(len(known)), *seed, epoch)
         for i in range(0, len(order), config.minibatch_size):
             chosen = order[i : i + config.minibatch_size]
-            losses = minibatch_losses(models, rollout, known, chosen, config, stats)
             total = sum(len(known[b]) for b in chosen)
+            losses = minibatch_losses(models, rollout, known, chosen, config, stats)
+            if config.ptx_coef:
+                n = math.ceil(config.ptx_ratio * len(chosen))
+                drawn = shuffled(models.documents, *seed, epoch, i, "ptx")[:n]
+                ptx = ptx_losses(models.policy, drawn, total, config, stats)
+                losses = itertools.chain(losses, ptx)
             _, norms = optimizer_step(optimizer, losses, total, lr)
-            stats[-1] |= {"grad_norm": norms[0], "value/grad_norm": norms[1]}
-    names = stats[-1]
-    return {name: sum(s[name] for s in stats if name in s) / len(stats) for name in names}
+            stats["grad_norm"].append(norms[0])
+            stats["value/grad_norm"].append(norms[1])
+            if config.max_approx_kl and stats["policy/approx_kl"][-1] > config.max_approx_kl:
+                return means(stats)
+    return means(stats)
+
+
+def means(stats: dict[str, list[float]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name, values in stats.items()}
 
 
 def minibatch_losses(
@@ -244,11 +292,13 @@ def minibatch_losses(
     known: tuple[Tensor, ...],
     chosen: list[int],
     config: Config,
-    stats: list[dict[str, float]],
+    stats: dict[str, list[float]],
 ) -> Iterator[tuple[Tensor, int]]:
     """The loss of each micro-batch of the chosen responses, and its number of tokens."""
     prompts, responses = ([x[b] for b in chosen] for x in (rollout.prompts, rollout.responses))
     rows, at = torch.cat([known[b] for b in chosen]), 0  # (n, 4)
+    # no weight between two losses that share no parameter: Adam would take it out again
+    vf_coef = config.vf_coef if config.value == "head" else 1.0
     for batch in batches(prompts, responses, config):
         n = len(batch.where)
         old_logprobs, advantages, old_values, returns = rows[at : at + n].unbind(1)
@@ -258,36 +308,55 @@ def minibatch_losses(
         value = value_loss(values, old_values, returns, config.cliprange_value)
         log_ratio = (logprobs - old_logprobs).detach()
         ratio = log_ratio.exp()
-        stats.append({
-            "policy/loss": policy.item(),
-            "policy/approx_kl": (ratio - 1 - log_ratio).mean().item(),  # k3 (Schulman 2020)
-            "policy/clipfrac": ((ratio - 1).abs() > config.cliprange).float().mean().item(),
-            "policy/entropy": entropy.mean().item(),
-            "value/loss": value.item(),
-        })  # fmt: skip
-        yield policy + value, n  # no weight between them: they share no parameter
+        for name, x in (
+            ("policy/loss", policy),
+            ("policy/approx_kl", (ratio - 1 - log_ratio).mean()),  # k3 (Schulman 2020)
+            ("policy/clipfrac", ((ratio - 1).abs() > config.cliprange).float().mean()),
+            ("policy/entropy", entropy.mean()),
+            ("value/loss", value),
+        ):
+            stats[name].append(x.item())
+        yield policy + vf_coef * value, n
         at += n
 
 
-def train(config: Config, name: str) -> GPT:
-    """InstructGPT's third stage. Returns the policy, which is also in config.out."""
-    device = resolve_device(config.device)
-    models = Models(
-        policy=GPT.load(config.sft).to(device).eval(),  # eval: no dropout anywhere in RL
-        ref_policy=GPT.load(config.sft).to(device).eval(),
-        reward_model=ScalarModel.load(config.reward_model).to(device).eval(),
-        value_model=ScalarModel.load(config.reward_model).to(device).eval(),
-        codec=Codec.load(config.sft),
-    )
+def ptx_losses(
+    policy: GPT, drawn: list[Pair], total: int, config: Config, stats: dict[str, list[float]]
+) -> Iterator[tuple[Tensor, int]]:
+    """PPO-ptx: ptx_coef times the mean loss on documents (InstructGPT, equation 2, last term).
+
+    optimizer_step weighs a loss over n tokens by n / total, the responses' tokens; hence the ratio.
+    """
+    first, rest = map(list, zip(*drawn, strict=True))
+    scale = config.ptx_coef * total / sum(map(len, rest))
+    for batch in batches(first, rest, config):
+        loss = -token_logprobs(policy, batch)[0].mean()
+        stats["ptx/loss"].append(loss.item())
+        yield scale * loss, len(batch.where)
+
+
+@torch.no_grad()
+def update_average(average: GPT, policy: GPT, decay: float) -> None:
+    """average <- decay average + (1 - decay) policy, weight by weight (InstructGPT, C.4)."""
+    for mean, weight in zip(average.parameters(), policy.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+
+
+def train(config: Config) -> dict[str, GPT]:
+    """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
+    models = Models.load(config)
+    if not config.trust:
+        refuse_chance(config.reward_model)
     policy, value_model, codec = models.policy, models.value_model, models.codec
-    optimizer = adam([(policy, config.lr), (value_model, config.value_lr)])
+    new = value_model.head if config.value == "head" else value_model
+    optimizer = adam([(policy, config.lr), (new, config.value_lr)])
     penalty = Penalty(config.kl_coef)
     state = {"model": policy, "value_model": value_model, "optimizer": optimizer}
-    state["penalty"] = penalty
-    run = Run(name, config, config.out, policy.config, codec, **state)
+    state |= {"penalty": penalty, "average": models.average}
+    run = Run("ppo", config, config.out, policy.config, codec, **state)
     texts = training_prompts(config)
     for step in run.steps(config.iterations):
-        start, seed = time.time(), (config.seed, name, step)
+        start, seed = time.time(), (config.seed, "ppo", step)
         first = step * config.batch_size
         asked = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
         prompts = encode_prompts(asked, codec, config, policy.config.block_size)
@@ -295,6 +364,7 @@ def train(config: Config, name: str) -> GPT:
         lr = lr_schedule(step, config.iterations, config.warmup)
         metrics = summary(rollout, penalty.kl_coef)
         metrics |= update(models, optimizer, rollout, config, lr, seed)
+        update_average(models.average, policy, config.ema_decay)
         metrics |= {"lr": lr * config.lr, "kl_coef": penalty.kl_coef}
         if config.kl_target:
             kl, n = metrics["objective/kl"], len(prompts)
@@ -311,23 +381,42 @@ def train(config: Config, name: str) -> GPT:
         if step % 10 == 0 or step == config.iterations - 1:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
-    return policy
+    name = run.folder.name
+    return {name: policy} | ({f"{name}_ema": models.average} if config.ema_decay else {})
+
+
+def refuse_chance(folder: str) -> None:
+    """ValueError for a reward model in mid-training, or one that is not better than chance."""
+    report = load_checkpoint(folder)["metrics"]
+    if "accuracy" not in report:
+        raise ValueError(f"{folder} is not trained to its end; continue with reward.py --resume")
+    if report["accuracy"] - report["accuracy_ci"] <= 0.5:
+        raise ValueError(
+            f"{folder} orders {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f} of held-out "
+            "pairs, no better than chance; train it on more comparisons, or --trust it"
+        )
 
 
 def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     """What the policy did in this rollout; sums are over a response's tokens, in nats."""
-    kl = (rollout.old_logprobs - rollout.ref_logprobs).sum() / len(rollout.prompts)
-    score, returns = rollout.scores.mean(), rollout.returns
+    log_ratio = rollout.ref_logprobs - rollout.old_logprobs
+    B, score, returns = len(rollout.prompts), rollout.scores.mean(), rollout.returns
+    kl = -log_ratio.sum() / B  # k1: unbiased, and what the reward holds
     unexplained = (returns - rollout.old_values).var() / returns.var()
     found = {
         "objective/score": score,
         "objective/kl": kl,
+        "objective/kl_k3": (log_ratio.expm1() - log_ratio).sum() / B,  # unbiased, never negative
         "objective/reward": score - kl_coef * kl,
         "objective/length": rollout.lengths.float().mean(),
         "objective/eos_rate": rollout.ended.mean(),
         "value/explained_variance": 1 - unexplained,
     }
     return {name: value.item() for name, value in found.items()}
+
+
+def pretraining_texts(config: Config) -> list[str]:
+    return toy.pages(4000, config.seed) if config.texts == "toy" else load_texts(config.texts)
 
 
 def training_prompts(config: Config) -> list[str]:
@@ -361,7 +450,7 @@ def encode_prompts(
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
-MEASURES = ("gold", "win_rate", "score", "kl", "length", "eos_rate")
+MEASURES = ("gold", "win_rate", "score", "kl", "length", "eos_rate", "repetition")
 PARTS = tuple(f"gold/{part}" for part in toy.PARTS)
 
 
@@ -378,13 +467,15 @@ class Contest:
 
     def answers(
         self,
-        name: str,
         model: GPT,
         prompts: list[list[int]] | None = None,
         temperature: float | None = None,
     ) -> list[list[int]]:
-        """The model's responses, to these prompts if not to the held-out ones."""
-        seed = generator(self.config.seed, "compare", name)
+        """The model's responses, to these prompts if not to the held-out ones.
+
+        All models draw with the same random numbers, which narrows the differences between them.
+        """
+        seed = generator(self.config.seed, "compare")
         new, eos = self.config.max_new_tokens, self.codec.eos
         if temperature is None:
             temperature = self.config.temperature
@@ -404,12 +495,33 @@ class Contest:
             sums += [part.sum().item() for part in parts]
         return sums
 
-    def best_of_n(self) -> list[list[int]]:
-        """Of BEST_OF answers by the fine-tuned model, the one the reward model scores highest."""
+    def gold(self, responses: list[list[int]]) -> list[float]:
+        """Points of the hidden rubric; empty where there is none."""
+        if self.config.prompts != "toy":
+            return []
+        texts = [self.codec.text(tokens) for tokens in responses]
+        return [toy.gold(*pair) for pair in zip(self.asked, texts, strict=True)]
+
+    def best_of_n(self) -> tuple[list[list[int]], list[dict]]:
+        """Of BEST_OF answers by the fine-tuned model, the one the reward model scores highest.
+
+        Also the curve over n = 1, 2, 4, ... of the best among the first n: KL, score and gold.
+        """
         prompts = [prompt for prompt in self.prompts for _ in range(BEST_OF)]
-        responses = self.answers("best_of_n", self.sft, prompts)
+        responses = self.answers(self.sft, prompts)
         scores = torch.tensor(self.scores(prompts, responses)).view(-1, BEST_OF)
-        return [responses[p * BEST_OF + i] for p, i in enumerate(scores.argmax(1).tolist())]
+        curve, best = [], []
+        for n in (2**i for i in range(BEST_OF.bit_length())):
+            top = scores[:, :n].max(1)
+            best = [responses[p * BEST_OF + i] for p, i in enumerate(top.indices.tolist())]
+            gold = self.gold(best)
+            curve.append({
+                "n": n,
+                "kl": best_of_n_kl(n),
+                "score": top.values.mean().item(),
+                "gold": sum(gold) / len(gold) if gold else None,
+            })  # fmt: skip
+        return best, curve
 
     def prompted(self, base: GPT) -> list[list[int]]:
         """The base model's continuation of a page with two worked examples, up to a line break."""
@@ -417,7 +529,7 @@ class Contest:
         room -= self.config.max_new_tokens
         prompts = [encode(toy.few_shot(text))[-room:] for text in self.asked]
         answers = []
-        for tokens in self.answers("prompted", base, prompts):
+        for tokens in self.answers(base, prompts):
             text, ended = self.codec.text(tokens), tokens[-1] == self.codec.eos
             response = self.codec.response(toy.cut_answer(text))
             answers.append(response if ended or "\n" in text.strip() else response[:-1] or tokens)
@@ -432,13 +544,13 @@ def evaluate(
         "score": contest.scores(contest.prompts, responses),
         "length": [len(tokens) for tokens in responses],
         "eos_rate": [tokens[-1] == contest.codec.eos for tokens in responses],
+        "repetition": [repetition(tokens) for tokens in responses],
     }
     if model is not None:
         measured["kl"] = contest.kl(model, responses)
-    gold: list[float] = []
-    if contest.config.prompts == "toy":
+    gold = contest.gold(responses)
+    if gold:
         texts = [contest.codec.text(tokens) for tokens in responses]
-        gold = [toy.gold(*pair) for pair in zip(contest.asked, texts, strict=True)]
         parts = [toy.gold_parts(*pair) for pair in zip(contest.asked, texts, strict=True)]
         measured |= {"gold": gold} | {f"gold/{k}": [p[k] for p in parts] for k in toy.PARTS}
     if rival:
@@ -449,8 +561,30 @@ def evaluate(
         row[key], row[f"{key}_ci"] = None, None
         if key in measured:
             row[key], row[f"{key}_ci"] = mean_and_interval(measured[key])
+    row["distinct_2"] = distinct(responses)
     row["pretraining_loss"] = model and pretraining_loss(model, contest.codec, contest.config)
     return row, gold
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n: an upper bound in nats (Stiennon et al. 2020, appendix G.3)."""
+    return math.log(n) - (n - 1) / n
+
+
+def bigrams(tokens: list[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(tokens))
+
+
+def repetition(tokens: list[int]) -> float:
+    """The share of a response's pairs of neighbouring tokens that stood in it before."""
+    pairs = bigrams(tokens)
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def distinct(responses: list[list[int]]) -> float:
+    """Distinct-2 (Li et al. 2016): different pairs of neighbouring tokens in all, per pair."""
+    pairs = [pair for tokens in responses for pair in bigrams(tokens)]
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def pretraining_loss(model: GPT, codec: Codec, config: Config) -> float | None:
@@ -481,40 +615,48 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     answers: dict[str, tuple[list[list[int]], GPT | None]] = {}
     if (Path(config.base) / "checkpoint.pt").exists():
         base = GPT.load(config.base).to(device).eval()
-        answers["base"] = contest.answers("base", base), base
+        answers["base"] = contest.answers(base), base
         if config.prompts == "toy":
             answers["prompted"] = contest.prompted(base), None
-    answers["sft"] = contest.answers("sft", sft), sft
-    answers["sft_greedy"] = contest.answers("sft_greedy", sft, temperature=0), None
-    answers[f"best_of_{BEST_OF}"] = contest.best_of_n(), None
-    answers |= {name: (contest.answers(name, model), model) for name, model in policies.items()}
+    answers["sft"] = contest.answers(sft), sft
+    answers["sft_greedy"] = contest.answers(sft, temperature=0), None
+    best, curve = contest.best_of_n()
+    answers[f"best_of_{BEST_OF}"] = best, None
+    answers |= {name: (contest.answers(model), model) for name, model in policies.items()}
     # the fine-tuned model first: its gold scores are what the others' win rates are against
     sft_row, rival = evaluate(contest, "sft", *answers["sft"], [])
     rows = []
     for name, (responses, model) in answers.items():
         row = sft_row if name == "sft" else evaluate(contest, name, responses, model, rival)[0]
-        if name.startswith("best_of"):  # an upper bound (Stiennon et al. 2020, appendix G.3)
-            row["kl"] = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF
+        if name.startswith("best_of"):
+            row["kl"] = best_of_n_kl(BEST_OF)
         rows.append(row)
     print_table(rows)
     results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
+    write_results(config, results | {"best_of_n": curve}, contest, answers)
+    return rows
+
+
+def write_results(config: Config, results: dict, contest: Contest, answers: dict) -> None:
+    """results.json, and comparison.txt with answers side by side; prints those to one prompt."""
     blocks = []
-    for i, text in enumerate(asked[:5]):
+    for i, text in enumerate(contest.asked[:5]):
         blocks.append(f"== {text}")
-        blocks += [f"[{name}] {codec.text(tokens[i])}" for name, (tokens, _) in answers.items()]
+        for name, (tokens, _) in answers.items():
+            blocks.append(f"[{name}] {contest.codec.text(tokens[i])}")
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
         ("results.json", json.dumps(results, indent=1)),
         ("comparison.txt", printable("\n\n".join(blocks) + "\n")),
     ):
-        path = Path(config.out) / name
-        write_atomically(path, lambda file, content=content: file.write(content.encode()))
+        write_atomically(folder / name, lambda file, text=content: file.write(text.encode()))
     print("\n".join(map(printable, blocks[1 : len(answers) + 1])))
-    return rows
 
 
 def print_table(rows: list[dict]) -> None:
     """Means with their 95 % half-widths, a model a line; below, the parts of the gold score."""
-    for columns in ((*MEASURES, "pretraining_loss"), PARTS):
+    for columns in ((*MEASURES, "distinct_2", "pretraining_loss"), PARTS):
         columns = [name for name in columns if any(row[name] is not None for row in rows)]
         if columns:
             titles = [name.removeprefix("pretraining_").removeprefix("gold/") for name in columns]
@@ -534,13 +676,26 @@ def cell(mean: float | None, half_width: float | None) -> str:
 @precision
 def main(config: Config) -> dict:
     started = time.time()
-    policies = {"ppo": train(config, "ppo")}
-    if config.ablation:
-        no_kl = replace(config, kl_coef=0.0, kl_target=0.0, out=f"{config.out}_no_kl")
-        policies["ppo_no_kl"] = train(no_kl, "ppo_no_kl")
+    if config.compare:
+        policies = load_policies(config)
+    else:
+        policies = train(config)
+        if config.ablation:
+            no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
+            policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
     rows = compare(config, policies, started)
     print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
     return {row["model"]: row for row in rows}
+
+
+def load_policies(config: Config) -> dict[str, GPT]:
+    """The policies of --compare by their folders' names, each with its average if it has one."""
+    device, policies = resolve_device(config.device), {}
+    for folder in map(Path, config.compare.split(",")):
+        policies[folder.name] = GPT.load(folder).to(device).eval()
+        if load_checkpoint(folder)["config"].get("ema_decay"):
+            policies[f"{folder.name}_ema"] = GPT.load(folder, average=True).to(device).eval()
+    return policies
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ The fine-tuned model answers every prompt K times, a labeler ranks the K respons
 network with a scalar head in place of the vocabulary learns to score the better one higher.
 
     python reward.py                            # sample, let the simulated labeler rank, train
+    python reward.py --labeler human            # sample, rank them yourself
     python reward.py --comparisons mine.jsonl   # {"prompt": …, "responses": […], "ranks": […]}
+    python reward.py --policy out/ppo --merge out/reward/comparisons.jsonl --out out/reward2
 
-The labeler of the toy world knows its hidden rubric and adds noise; the reward model sees only the
-rankings. Left out of the paper: rankings by people at the terminal.
+The last one is the next round of the paper's loop: the policy's own responses are ranked, and a new
+reward model learns from them and from the earlier comparisons. The labeler of the toy world knows
+its hidden rubric and adds noise; the reward model sees only the rankings.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -18,14 +22,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import labeler, toy
-from data.records import load_comparisons, load_demonstrations, pair_accuracy, save_records
+from data.records import (
+    load_comparisons,
+    load_demonstrations,
+    load_prompts,
+    pair_accuracy,
+    save_records,
+)
 from model import (
     GPT,
     Batch,
     Codec,
+    Pair,
     Run,
     RunConfig,
     ScalarModel,
@@ -50,13 +61,19 @@ from model import (
 @dataclass
 class Config(RunConfig):
     out: str = "out/reward"  # run folder
-    sft: str = "out/sft"  # folder of the model that answers, and that the reward model starts from
-    comparisons: str = "toy"  # toy: sample and rank; or a .jsonl file of comparisons
-    prompts: int = 1400  # toy prompts to answer
+    sft: str = "out/sft"  # folder of the fine-tuned model: it answers, and the reward model starts
+    # the comparisons
+    labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: --comparisons
+    comparisons: str = ""  # .jsonl of comparisons to train on; default: sample and have them ranked
+    merge: str = ""  # .jsonl of earlier comparisons to train on as well
+    policy: str = ""  # folder of the model that answers, in place of the fine-tuned one
+    prompts: str = "toy"  # what it answers: toy, or a .jsonl file of prompts
+    toy_prompts: int = 1400  # how many toy prompts
     responses: int = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: float = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: int = 80  # longest response
     temperature: float = 1.0  # of sampling
+    # the training
     demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
     epochs: int = 3  # passes over the comparisons (InstructGPT: 1, over more of them)
     batch_size: int = 4  # prompts a step, with all their responses
@@ -82,14 +99,25 @@ def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
 # Collecting
 
 
-def collect(config: Config, sft: GPT, codec: Codec) -> list[dict]:
+def collect(config: Config) -> list[dict]:
     """K sampled responses to each prompt, duplicates removed, ranked by the simulated labeler."""
-    rows = toy.prompts(config.prompts, config.seed)
-    prompts = [codec.prompt(row["prompt"]) for row in rows for _ in range(config.responses)]
-    seed = generator(config.seed, "collect")
-    print(f"sampling {len(prompts)} responses")
+    source, codec = config.policy or config.sft, Codec.load(config.sft)
+    model = GPT.load(source).to(resolve_device(config.device))
+    place = (config.seed, "collect", "policy" if config.policy else "sft")
+    if config.prompts == "toy":
+        rows = toy.prompts(config.toy_prompts, seed_of(*place))
+    else:
+        rows = load_prompts(config.prompts)
+    room = model.config.block_size - config.max_new_tokens
+    prompts = [codec.prompt(row["prompt"])[-room:] for row in rows for _ in range(config.responses)]
+    print(f"sampling {len(prompts)} responses of {source}")
     sampled = generate(
-        sft, prompts, config.max_new_tokens, codec.eos, config.temperature, generator=seed
+        model,
+        prompts,
+        config.max_new_tokens,
+        codec.eos,
+        config.temperature,
+        generator=generator(*place),
     )
     texts = iter([codec.text(tokens) for tokens in sampled])
     rng, comparisons = random.Random(config.seed), []
@@ -110,7 +138,7 @@ class Comparison:
     """A record's responses, tokenised with the prompt before each."""
 
     record: dict
-    pairs: list[tuple[list[int], list[int]]]  # K times (prompt, response)
+    pairs: list[Pair]  # K times (prompt, response)
 
     @property
     def decides(self) -> bool:
@@ -182,17 +210,25 @@ def train(run: Run, comparisons: list[Comparison]) -> None:
 # What it has learned
 
 
-def report(model: ScalarModel, held_out: list[Comparison], codec: Codec, config: Config) -> dict:
-    """Shares of correctly ordered pairs with their 95 % half-widths, printed and returned."""
+def report(
+    model: ScalarModel,
+    training: list[Comparison],
+    held_out: list[Comparison],
+    codec: Codec,
+    config: Config,
+) -> dict:
+    """What report.json holds, printed: shares of pairs ordered rightly, and the calibration."""
     records = [c.record for c in held_out]
     ranks = [record["ranks"] for record in records]
     scores = score_all(model, held_out, config)
     lengths = [[len(response) for _, response in c.pairs] for c in held_out]
+    words = bag_of_words(training, held_out, codec.tokenizer.n_vocab)
     found = {
         "reward model, held-out comparisons": pair_accuracy(scores, ranks),
+        "a linear model of word counts": pair_accuracy(words, ranks),
         "the longer response wins": pair_accuracy(lengths, ranks),
     }
-    if config.comparisons == "toy":
+    if config.prompts == "toy" and not config.comparisons:
         gold = [[toy.gold(r["prompt"], text) for text in r["responses"]] for r in records]
         gold_ranks = [[1 + sum(x > own for x in g) for own in g] for g in gold]
         found["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
@@ -208,14 +244,66 @@ def report(model: ScalarModel, held_out: list[Comparison], codec: Codec, config:
             found[name] = pair_accuracy(probe_scores, [[1, 2]] * len(probes))
     for name, (share, half_width, n) in found.items():
         print(f"{name:48s} {share:.3f} ± {half_width:.3f} of {n} pairs")
-    return found
+    bins = calibration(scores, ranks)
+    for predicted, observed, n in bins:
+        print(f"pairs ordered with probability {predicted:.2f}: {observed:.2f} rightly, of {n}")
+    flat = torch.tensor([[x for group in lists for x in group] for lists in (scores, lengths)])
+    length_correlation = flat.corrcoef()[0, 1].item()
+    print(f"correlation of score and length {length_correlation:.2f}")
+    return {"pairs": found, "calibration": bins, "length_correlation": length_correlation}
+
+
+def calibration(
+    scores: list[list[float]], ranks: list[list[int]]
+) -> list[tuple[float, float, int]]:
+    """By tenths of the probability sigmoid(r_a - r_b) that the model gives to the order it prefers:
+    its mean, the share of pairs that the labeler ordered so too, and their number."""
+    pairs = []
+    for group in zip(scores, ranks, strict=True):
+        for (r, rank), (other, other_rank) in itertools.combinations(zip(*group, strict=True), 2):
+            if rank != other_rank:
+                p = torch.tensor(abs(r - other)).sigmoid().item()
+                pairs.append((p, (r > other) == (rank < other_rank)))
+    bins = []
+    for tenth in range(5, 10):
+        inside = [pair for pair in pairs if min(int(pair[0] * 10), 9) == tenth]
+        if inside:
+            predicted, observed = (sum(x) / len(inside) for x in zip(*inside, strict=True))
+            bins.append((predicted, observed, len(inside)))
+    return bins
+
+
+def bag_of_words(
+    training: list[Comparison], held_out: list[Comparison], n_vocab: int
+) -> list[list[float]]:
+    """Scores by a weight for each token of the vocabulary, learnt by the same loss: a baseline
+    that knows neither order nor prompt."""
+    bag = nn.EmbeddingBag(n_vocab, 1, mode="sum")
+    nn.init.zeros_(bag.weight)
+    optimizer, batch_size = torch.optim.Adam(bag.parameters(), lr=0.01), 32
+
+    def scores(comparisons: list[Comparison]) -> Tensor:
+        responses = [response for c in comparisons for _, response in c.pairs]
+        starts = list(itertools.accumulate(map(len, responses), initial=0))[:-1]
+        tokens = list(itertools.chain.from_iterable(responses))
+        return bag(torch.tensor(tokens), torch.tensor(starts))[:, 0]
+
+    for step in range(5 * steps_per_epoch(training, batch_size)):
+        chosen = batch_at(step, training, batch_size, "bag of words")
+        ranks = torch.tensor([rank for c in chosen for rank in c.record["ranks"]])
+        loss = ranking_loss(scores(chosen), ranks, [len(c.pairs) for c in chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return [s.tolist() for s in scores(held_out).split([len(c.pairs) for c in held_out])]
 
 
 def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, config: Config) -> None:
     """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
     if config.demonstrations:
         rows = load_demonstrations(config.demonstrations)
-    elif config.comparisons == "toy":
+    elif config.prompts == "toy" and not config.comparisons:
         rows = toy.demonstrations(500, config.seed + 1)
     else:
         rows = [
@@ -231,36 +319,46 @@ def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, conf
         model.head.bias -= sum(score for (score,) in scores) / len(scores)
 
 
+def ranked(config: Config) -> list[dict]:
+    """The comparisons to train on: given, or sampled and ranked now, and the earlier ones."""
+    path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
+    if not config.comparisons and not (config.resume and path.exists()):
+        save_records(path, collect(config))
+    earlier = load_comparisons(config.merge) if config.merge else []
+    records = load_comparisons(path) + earlier  # the new ones first: they are held out
+    print(f"{len(records)} comparisons, {len(records) - len(earlier)} of them in {path}")
+    return records
+
+
 @precision
 def main(config: Config) -> dict:
     device = resolve_device(config.device)
     sft, codec = GPT.load(config.sft).to(device), Codec.load(config.sft)
-    path = Path(config.comparisons)
-    if config.comparisons == "toy":
-        path = Path(config.out) / "comparisons.jsonl"
-        if not (config.resume and path.exists()):
-            save_records(path, collect(config, sft, codec))
-    comparisons = tokenised(load_comparisons(path), codec, sft.config.block_size)
+    comparisons = tokenised(ranked(config), codec, sft.config.block_size)
     if len(comparisons) < 2:
-        raise ValueError(f"{path}: {len(comparisons)} usable comparisons; at least 2 are needed")
+        raise ValueError(f"{len(comparisons)} usable comparisons; at least 2 are needed")
     split = max(1, int(config.held_out * len(comparisons)))
+    held_out, training = comparisons[:split], comparisons[split:]
     torch.manual_seed(seed_of(config.seed, "head"))
     model = ScalarModel(sft).to(device)
     state = {"model": model, "optimizer": adam([(model, config.lr)])}
     run = Run("reward", config, config.out, sft.config, codec, **state)
-    train(run, comparisons[split:])
+    train(run, training)
 
-    center(model, comparisons[split:], codec, config)
+    if "accuracy" not in run.metrics:
+        center(model, training, codec, config)
+    found = report(model, training, held_out, codec, config)
+    accuracy, accuracy_ci, _ = found["pairs"]["reward model, held-out comparisons"]
+    run.metrics |= {"accuracy": accuracy, "accuracy_ci": accuracy_ci}  # ppo.py asks for them
     run.save()
-    found = report(model, comparisons[:split], codec, config)
     text = json.dumps(found, indent=1).encode()
     write_atomically(run.folder / "report.json", lambda file: file.write(text))
-    for c, scores in zip(comparisons[:5], score_all(model, comparisons[:5], config), strict=True):
+    for c, scores in zip(held_out[:5], score_all(model, held_out[:5], config), strict=True):
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
-    print(f"wrote {config.out}, comparisons in {path}; next: python ppo.py")
-    return run.metrics | {"accuracy": found["reward model, held-out comparisons"][0]}
+    print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python ppo.py")
+    return run.metrics
 
 
 if __name__ == "__main__":

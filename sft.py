@@ -4,12 +4,14 @@ language-model pretraining, which makes the base model that everything is compar
     python sft.py                                   # the toy world: pretrain, then fine-tune
     python sft.py --init out/base                   # fine-tune an existing model
     python sft.py --demonstrations mine.jsonl       # {"prompt": ..., "response": ...} a line
+    python sft.py --init out/base --epochs 16 --dropout 0.2 --reward_model out/reward
 
 The base model only ever continues text; the fine-tuned one imitates whoever wrote the
-demonstrations, good and bad. Left out of the paper: choosing a checkpoint by its score under the
-reward model, and the pretraining data mixed into fine-tuning.
+demonstrations, good and bad. The last command makes the paper's baseline (C.1): 16 epochs, of which
+the one is kept whose answers the reward model scores highest. PPO starts from 2 epochs (C.3).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,12 +26,15 @@ from model import (
     Batch,
     Codec,
     GPTConfig,
+    Pair,
     Run,
     RunConfig,
+    ScalarModel,
     adam,
     batch_at,
     batches,
     command,
+    documents,
     fit,
     generate,
     generator,
@@ -42,8 +47,6 @@ from model import (
     steps_per_epoch,
     token_logprobs,
 )
-
-Pair = tuple[list[int], list[int]]  # tokens of a prompt and of its response
 
 
 @dataclass
@@ -70,7 +73,9 @@ class Config(RunConfig):
     epochs: int = 2  # passes over the demonstrations, as InstructGPT's start of PPO
     batch_size: int = 32  # demonstrations a step
     lr: float = 1.5e-3  # peak learning rate
+    pretrain_mix: float = 0.0  # documents per demonstration, mixed in (InstructGPT C.3: 0.1)
     dropout: float = 0.0  # on residual branches; the paper's 16-epoch baselines use 0.2
+    reward_model: str = ""  # folder of a reward model: keep the epoch whose answers it scores best
     held_out: float = 0.03  # share of documents and demonstrations that only measures the loss
 
 
@@ -81,16 +86,6 @@ def sft_loss(model: GPT, batch: Batch) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------
 # Training: pretraining is fine-tuning on documents, whose first token is the prompt
-
-
-def documents(texts: list[str], codec: Codec, block_size: int) -> list[Pair]:
-    """Documents in pieces of at most block_size tokens; a piece begins with the last one's end."""
-    pairs = []
-    for text in texts:
-        tokens = codec.response(text)
-        for i in range(0, len(tokens) - 1, block_size - 1):
-            pairs.append((tokens[i : i + 1], tokens[i + 1 : i + block_size]))
-    return pairs
 
 
 @torch.no_grad()
@@ -104,13 +99,57 @@ def mean_loss(model: GPT, pairs: Sequence[Pair], config: RunConfig) -> float:
     return loss / tokens
 
 
+class Selection:
+    """The epoch whose answers to held-out prompts the reward model likes best (InstructGPT, C.1).
+
+    The paper's models overfit the held-out loss after one epoch, and still improve by this score.
+    """
+
+    def __init__(self, folder: str, codec: Codec, config: Config):
+        self.reward_model = ScalarModel.load(folder).to(resolve_device(config.device)).eval()
+        self.codec, self.config = codec, config
+        self.epochs: list[dict] = []  # what each was worth
+        self.weights: dict[str, Tensor] = {}  # of the best
+
+    @torch.no_grad()
+    def judge(self, model: GPT, held_out: list[Pair]) -> dict[str, float]:
+        """Scores this epoch, and keeps its weights if no earlier one was better."""
+        prompts, epoch = [prompt for prompt, _ in held_out], len(self.epochs) + 1
+        new = min(80, model.config.block_size - max(map(len, prompts)))
+        seed = generator(self.config.seed, "selection", epoch)
+        responses = generate(model, prompts, new, self.codec.eos, generator=seed)
+        scores = map(self.reward_model.score, batches(prompts, responses, self.config))
+        score, loss = torch.cat(list(scores)).mean().item(), mean_loss(model, held_out, self.config)
+        if score > max((e["reward_score"] for e in self.epochs), default=-math.inf):
+            self.weights = {name: w.clone() for name, w in model.state_dict().items()}
+        self.epochs.append({"epoch": epoch, "reward_score": score, "held_out_loss": loss})
+        return self.epochs[-1]
+
+    def load_best(self, model: GPT) -> dict[str, float]:
+        """Puts the kept weights into the model; prints and returns what they were worth."""
+        best = max(self.epochs, key=lambda e: e["reward_score"])
+        fitted = min(self.epochs, key=lambda e: e["held_out_loss"])
+        for e, by in ((best, "reward score"), (fitted, "held-out loss")):
+            print(f"best by {by}: epoch {e['epoch']}, score {e['reward_score']:.3f}, "
+                  f"loss {e['held_out_loss']:.3f}")  # fmt: skip
+        model.load_state_dict(self.weights)
+        return best
+
+    def state_dict(self) -> dict:
+        return {"epochs": self.epochs, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epochs, self.weights = state["epochs"], state["weights"]
+
+
 def train(run: Run, pairs: list[Pair], epochs: int, batch_size: int, asked: list[str]) -> dict:
     """Epochs over shuffled pairs; held-out loss and three samples eight times on the way."""
-    config, codec = run.config, run.codec
-    model, optimizer = run.state["model"], run.state["optimizer"]
+    config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
+    selection: Selection | None = run.state.get("selection")
     held_out = max(1, int(config.held_out * len(pairs)))
     held_out, pairs = pairs[:held_out], pairs[held_out:]
-    steps = epochs * steps_per_epoch(pairs, batch_size)
+    epoch_steps = steps_per_epoch(pairs, batch_size)
+    steps = epochs * epoch_steps
     for step in run.steps(steps):
         chosen = batch_at(step, pairs, batch_size, config.seed, run.stage)
         prompts, responses = map(list, zip(*chosen, strict=True))
@@ -120,28 +159,42 @@ def train(run: Run, pairs: list[Pair], epochs: int, batch_size: int, asked: list
         lr = lr_schedule(step, steps, warmup=steps // 50)
         loss, norms = optimizer_step(optimizer, losses, sum(map(len, responses)), lr)
         run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})
+        if selection and (step + 1) % epoch_steps == 0:
+            run.log(selection.judge(model, held_out))
         if step % max(1, steps // 8) == 0 or step == steps - 1:
             run.log({"held_out_loss": mean_loss(model, held_out, config)})
-            prompts = [codec.prompt(text) for text in asked]
-            seed = generator(config.seed, run.stage, step)
-            new = min(80, model.config.block_size - max(map(len, prompts)))
-            answers = generate(model, prompts, new, codec.eos, generator=seed)
-            for text, answer in zip(asked, answers, strict=True):
-                run.sample(f"[step {step}] {text}", codec.text(answer))
+            show_samples(run, model, asked, step)
+    if selection:
+        run.metrics |= selection.load_best(model)
+        run.save()
     return run.metrics
+
+
+def show_samples(run: Run, model: GPT, asked: list[str], step: int) -> None:
+    prompts = [run.codec.prompt(text) for text in asked]
+    new = min(80, model.config.block_size - max(map(len, prompts)))
+    seed = generator(run.config.seed, run.stage, step)
+    answers = generate(model, prompts, new, run.codec.eos, generator=seed)
+    for text, answer in zip(asked, answers, strict=True):
+        run.sample(f"[step {step}] {text}", run.codec.text(answer))
+
+
+def pretraining_texts(config: Config) -> list[str]:
+    if config.texts == "toy":
+        return toy.pages(config.toy_texts, config.seed)
+    return load_texts(config.texts)
 
 
 def pretrain(config: Config, asked: list[str]) -> dict:
     """Language modelling from scratch; the base model is in config.base afterwards."""
     codec = Codec(get_tokenizer(config.tokenizer), config.template)
-    toy_world = config.texts == "toy"
-    texts = toy.pages(config.toy_texts, config.seed) if toy_world else load_texts(config.texts)
     sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
     torch.manual_seed(seed_of(config.seed, "init"))
     model = GPT(GPTConfig(codec.tokenizer.n_vocab, *sizes)).to(resolve_device(config.device))
     state = {"model": model, "optimizer": adam([(model, config.pretrain_lr)])}
     run = Run("base", config, config.base, model.config, codec, **state)
-    pairs = shuffled(documents(texts, codec, config.block_size), config.seed, "documents")
+    pairs = documents(pretraining_texts(config), codec, config.block_size)
+    pairs = shuffled(pairs, config.seed, "documents")
     return train(run, pairs, config.pretrain_epochs, config.pretrain_batch_size, asked)
 
 
@@ -157,7 +210,12 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
             pairs.append(fit(prompt, response, model.config.block_size))
     if len(pairs) < len(rows):
         print(f"{len(rows) - len(pairs)} responses longer than the context are left out")
+    if config.pretrain_mix:
+        pages = documents(pretraining_texts(config), codec, model.config.block_size)
+        pairs += pages[: round(config.pretrain_mix * len(pairs))]
     state = {"model": model, "optimizer": adam([(model, config.lr)])}
+    if config.reward_model:
+        state["selection"] = Selection(config.reward_model, codec, config)
     run = Run("sft", config, config.out, model.config, codec, **state)
     return train(run, pairs, config.epochs, config.batch_size, asked)
 

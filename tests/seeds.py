@@ -57,9 +57,10 @@ def main() -> None:
     folders = [run(seed) for seed in sys.argv[1:] or sys.exit(__doc__)]
     results = [json.loads((out / "ppo" / "results.json").read_text())["rows"] for out in folders]
     print(table(results, COLUMNS), table(results, PARTS), sep="\n\n")
-    for name in json.loads((folders[0] / "reward" / "report.json").read_text()):
-        found = [json.loads((out / "reward" / "report.json").read_text())[name] for out in folders]
-        print(f"{name}: " + " / ".join(f"{share:.3f}" for share, _, _ in found))
+    reports = [json.loads((out / "reward" / "report.json").read_text()) for out in folders]
+    for name in reports[0]["pairs"]:
+        shares = [report["pairs"][name][0] for report in reports]
+        print(f"{name}: " + " / ".join(f"{share:.3f}" for share in shares))
 
 
 if __name__ == "__main__":

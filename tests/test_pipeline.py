@@ -118,12 +118,12 @@ def test_pretraining_and_fine_tuning_lower_the_held_out_loss(fine_tuned, out):
 def test_the_reward_model_beats_chance(rewarded, reward_config):
     assert rewarded["accuracy"] > 0.6
     report = json.loads((Path(reward_config.out) / "report.json").read_text())
-    share, half_width, pairs = report["reward model, held-out comparisons"]
+    share, half_width, pairs = report["pairs"]["reward model, held-out comparisons"]
     assert share == rewarded["accuracy"] and 0 < half_width < 0.2 and pairs > 50
 
 
 def test_collecting_ranks_different_samples(fine_tuned, reward_config, tmp_path):
-    config = replace(reward_config, out=str(tmp_path), comparisons="toy", prompts=20)
+    config = replace(reward_config, out=str(tmp_path), comparisons="", toy_prompts=20)
     reward.main(config)
     comparisons = load_comparisons(tmp_path / "comparisons.jsonl")
     assert len(comparisons) == 20
@@ -160,7 +160,8 @@ def test_without_the_penalty_the_policy_strays_further(results):
 
 
 def test_the_comparison_has_every_model_and_interval(results, ppo_config):
-    names = ["base", "prompted", "sft", "sft_greedy", "best_of_16", "ppo", "ppo_no_kl"]
+    names = ["base", "prompted", "sft", "sft_greedy", "best_of_16"]
+    names += ["ppo", "ppo_ema", "ppo_no_kl"]
     assert list(results) == names
     saved = json.loads((Path(ppo_config.out) / "results.json").read_text())
     assert saved["seed"] == 0 and saved["seconds"] > 0
@@ -173,6 +174,17 @@ def test_the_comparison_has_every_model_and_interval(results, ppo_config):
     assert results["best_of_16"]["kl"] == pytest.approx(1.8351, abs=1e-4)
     text = (Path(ppo_config.out) / "comparison.txt").read_text()
     assert text.count("[ppo]") == text.count("[base]") == 5
+    curve = saved["best_of_n"]
+    assert [point["n"] for point in curve] == [1, 2, 4, 8, 16]
+    scores = [point["score"] for point in curve]
+    assert scores == sorted(scores) and scores[-1] == pytest.approx(results["best_of_16"]["score"])
+
+
+def test_the_comparison_alone_gives_the_same_rows(results, ppo_config, tmp_path):
+    compare = f"{ppo_config.out},{ppo_config.out}_no_kl"
+    alone = ppo.main(replace(ppo_config, compare=compare, out=str(tmp_path / "compare")))
+    assert alone == results
+    assert (tmp_path / "compare" / "results.json").exists()
 
 
 def test_reference_and_reward_model_are_not_touched(results, out):
@@ -187,7 +199,7 @@ def test_no_learning_without_a_learning_rate(rewarded, ppo_config, tmp_path):
     config = replace(
         ppo_config, out=str(tmp_path / "ppo"), lr=0.0, value_lr=0.0, iterations=2, ablation=False
     )
-    policy = ppo.train(config, "ppo")
+    policy = ppo.train(config)["ppo"]
     start = GPT.load(config.sft).state_dict()
     assert all(torch.equal(value, start[name]) for name, value in policy.state_dict().items())
     for row in metrics(tmp_path / "ppo"):
@@ -198,8 +210,119 @@ def test_no_learning_without_a_learning_rate(rewarded, ppo_config, tmp_path):
 
 def test_second_epoch_sees_a_ratio_other_than_one(rewarded, ppo_config, tmp_path):
     config = replace(ppo_config, out=str(tmp_path / "ppo"), iterations=1, warmup=0)
-    ppo.train(config, "ppo")
+    ppo.train(config)
     assert metrics(tmp_path / "ppo")[0]["policy/approx_kl"] > 1e-6
+
+
+# ---- variants
+
+
+def test_ptx_keeps_the_pretraining_loss_lower(rewarded, ppo_config, tmp_path):
+    loss = {}
+    for coef in (0.0, 2.0):
+        config = replace(ppo_config, out=str(tmp_path / f"ppo{coef}"), ptx_coef=coef)
+        policy = ppo.train(config)[f"ppo{coef}"]
+        loss[coef] = ppo.pretraining_loss(policy, Codec.load(config.sft), config)
+    assert loss[2.0] < loss[0.0] - 0.05
+    rows = metrics(tmp_path / "ppo2.0")
+    assert rows[-1]["ptx/loss"] < rows[0]["ptx/loss"]
+    assert "ptx/loss" not in metrics(tmp_path / "ppo0.0")[0]
+
+
+def test_a_value_head_on_the_policy_learns(rewarded, ppo_config, tmp_path):
+    config = replace(ppo_config, out=str(tmp_path / "ppo"), iterations=12, value="head")
+    config = replace(config, value_lr=1e-2, vf_coef=1.0)
+    ppo.train(config)
+    rows = metrics(tmp_path / "ppo")
+    # it starts at 0 and explains nothing: exactly so
+    assert rows[0]["value/explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["value/explained_variance"] > 0.1
+    saved = load_checkpoint(tmp_path / "ppo")
+    for name, weight in saved["model"].items():
+        assert torch.equal(saved["training"]["value_model"][f"gpt.{name}"], weight)
+
+
+def test_a_limit_on_the_kl_ends_the_updates_of_an_iteration(
+    rewarded, ppo_config, monkeypatch, tmp_path
+):
+    steps, step = [], ppo.optimizer_step
+    monkeypatch.setattr(ppo, "optimizer_step", lambda *x: steps.append(1) or step(*x))
+    config = replace(ppo_config, out=str(tmp_path / "ppo"), iterations=2, warmup=0)
+    ppo.train(replace(config, max_approx_kl=1e-9))
+    # the first minibatch has ratio 1; the second sees the first one's step, and is the last
+    assert len(steps) == 2 * 2
+    steps.clear()
+    ppo.train(replace(config, max_approx_kl=1e9))
+    assert len(steps) == 2 * ppo_config.ppo_epochs * 2
+
+
+def test_another_round_of_the_loop(results, reward_config, ppo_config, out, tmp_path):
+    config = replace(
+        reward_config,
+        out=str(tmp_path / "reward"),
+        policy=str(out / "ppo"),
+        comparisons="",
+        merge=str(out / "comparisons.jsonl"),
+        toy_prompts=40,
+        epochs=1,
+    )
+    reward.main(config)
+    new = load_comparisons(tmp_path / "reward" / "comparisons.jsonl")
+    assert len(new) == 40
+    assert metrics(tmp_path / "reward")[-1]["step"] == 396 // 4 - 1  # 440 records, 44 held out
+    config = replace(
+        ppo_config,
+        init=str(out / "ppo"),
+        reward_model=str(tmp_path / "reward"),
+        out=str(tmp_path / "ppo2"),
+        iterations=1,
+        trust=True,
+    )
+    ppo.train(config)
+    # it goes on from the policy, and is held near the fine-tuned model
+    assert metrics(tmp_path / "ppo2")[0]["objective/kl"] > 0.1
+
+
+def test_a_reward_model_no_better_than_chance_is_refused(rewarded, ppo_config, out, tmp_path):
+    saved = load_checkpoint(out / "reward")
+    for name, changes, needle in (
+        ("chance", {"accuracy": 0.55, "accuracy_ci": 0.06}, "orders 0.550 ± 0.060"),
+        ("unfinished", {}, "not trained to its end"),
+    ):
+        (tmp_path / name).mkdir()
+        kept = {k: v for k, v in saved["metrics"].items() if not k.startswith("accuracy")}
+        torch.save(saved | {"metrics": kept | changes}, tmp_path / name / "checkpoint.pt")
+        config = replace(
+            ppo_config, reward_model=str(tmp_path / name), out=str(tmp_path / "ppo"), iterations=0
+        )
+        with pytest.raises(ValueError, match=needle):
+            ppo.train(config)
+        assert not (tmp_path / "ppo").exists()
+    ppo.train(replace(config, trust=True))
+
+
+def test_the_epoch_that_the_reward_model_prefers_is_kept(
+    rewarded, sft_config, out, capsys, tmp_path
+):
+    config = replace(
+        sft_config,
+        init=str(out / "base"),
+        out=str(tmp_path / "sft"),
+        reward_model=str(out / "reward"),
+        epochs=4,
+        dropout=0.2,
+        pretrain_mix=0.1,
+        lr=8e-3,
+    )
+    last = sft.main(config)["sft"]
+    rows = [row for row in metrics(tmp_path / "sft") if "reward_score" in row]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    best = max(rows, key=lambda row: row["reward_score"])
+    assert last["epoch"] == best["epoch"]
+    assert f"best by reward score: epoch {best['epoch']}" in capsys.readouterr().out
+    saved = load_checkpoint(tmp_path / "sft")
+    weights = saved["training"]["selection"]["weights"]
+    assert all(torch.equal(weights[name], value) for name, value in saved["model"].items())
 
 
 # ---- resuming
@@ -259,8 +382,8 @@ def test_the_reward_model_resumes_bit_for_bit(rewarded, reward_config, monkeypat
     config = replace(
         reward_config,
         out=str(tmp_path / "a"),
-        comparisons="toy",
-        prompts=40,
+        comparisons="",
+        toy_prompts=40,
         epochs=1,
         save_every=3,
     )
@@ -273,10 +396,10 @@ def test_the_reward_model_resumes_bit_for_bit(rewarded, reward_config, monkeypat
 
 def test_ppo_resumes_bit_for_bit(rewarded, ppo_config, monkeypatch, tmp_path):
     config = replace(ppo_config, out=str(tmp_path / "a"), iterations=4, save_every=2)
-    ppo.train(config, "ppo")
+    ppo.train(config)
     config = replace(config, out=str(tmp_path / "b"))
-    killed_after(monkeypatch, 3, lambda: ppo.train(config, "ppo"))
-    ppo.train(replace(config, resume=True), "ppo")
+    killed_after(monkeypatch, 3, lambda: ppo.train(config))
+    ppo.train(replace(config, resume=True))
     same_run(tmp_path / "a", tmp_path / "b")
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import tensor
 
-from model import GPT, GPTConfig, ScalarModel, adam, generate, pack, token_logprobs
+import ppo
+from model import (
+    GPT,
+    GPTConfig,
+    ScalarModel,
+    adam,
+    generate,
+    optimizer_step,
+    pack,
+    token_logprobs,
+)
 from ppo import adapt_kl_coef, gae, kl_penalised_rewards, policy_loss, value_loss, whiten
 
 # Three responses of 3, 1 and 2 tokens, end to end.
@@ -324,6 +334,56 @@ def test_kl_coef_follows_the_kl(kl, factor):
 
 
 # ---- all functions ----
+
+
+# ---- variants and measures ----
+
+
+def test_the_average_moves_by_1_minus_decay():
+    average, policy = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        average.weight.fill_(1.0), average.bias.fill_(0.0)
+        policy.weight.fill_(3.0), policy.bias.fill_(-1.0)
+    ppo.update_average(average, policy, 0.9)
+    close(average.weight, [[1.2]])  # .9 · 1 + .1 · 3
+    close(average.bias, [-0.1])
+    close(policy.weight, [[3.0]])
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 8])  # one micro-batch or two
+def test_ptx_adds_its_coefficient_times_the_mean_loss_per_token(max_tokens):
+    """The gradient of two losses, each a mean over its own tokens, however they are cut."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=8))
+    documents = [([1], [2, 3, 4, 5]), ([6], [7]), ([8], [9, 10, 0])]
+    response = pack([[1, 2]], [[3, 4, 5]])
+    pages = pack([first for first, _ in documents], [rest for _, rest in documents])
+    expected = -token_logprobs(model, response)[0].mean()
+    expected = expected - 0.7 * token_logprobs(model, pages)[0].mean()
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+
+    config = ppo.Config(ptx_coef=0.7, max_tokens=max_tokens, device="cpu")
+    stats = ppo.defaultdict(list)
+    losses = [(-token_logprobs(model, response)[0].mean(), 3)]
+    losses += ppo.ptx_losses(model, documents, 3, config, stats)
+    optimizer_step(adam([(model, 0.0)]), losses, total=3, clip=1e9)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        close(p.grad, gradient, 1e-6)
+    assert len(stats["ptx/loss"]) == (1 if max_tokens > 8 else 2)
+
+
+def test_best_of_n_kl_by_hand():
+    for n, kl in ((1, 0.0), (4, 0.6363), (16, 1.8351), (64, 3.1745)):
+        assert ppo.best_of_n_kl(n) == pytest.approx(kl, abs=1e-4)
+
+
+def test_repetition_and_distinct_by_hand():
+    # pairs 1-2 2-1 1-2 2-3: one of four stood there before
+    assert ppo.repetition([1, 2, 1, 2, 3]) == pytest.approx(1 / 4)
+    assert ppo.repetition([1, 2, 3]) == ppo.repetition([5]) == 0
+    # 1-2 2-1 1-2 and 1-2 2-3: three different ones of five
+    assert ppo.distinct([[1, 2, 1, 2], [1, 2, 3]]) == pytest.approx(3 / 5)
+    assert ppo.distinct([[4], [5]]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The ranking loss by hand, and the positions at which a ScalarModel is read."""
 
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import tensor
 
+import reward
 from model import GPT, GPTConfig, ScalarModel, pack
 from reward import ranking_loss
 
@@ -137,6 +139,35 @@ def test_no_argument_is_written_to():
     scores, ranks, counts = tensor([1.0, 2.0, 3.0]), tensor([2, 1, 1]), [2, 1]
     ranking_loss(scores, ranks, counts)
     assert scores.tolist() == [1, 2, 3] and ranks.tolist() == [2, 1, 1] and counts == [2, 1]
+
+
+# ---- the report ----
+
+
+def test_calibration_by_hand():
+    # margins 0.2 (right), -0.3 (wrong), 3 (right), 10 (right); a tie is no pair
+    scores, ranks = [[0.2, 0.0], [0.0, 0.3], [3.0, 0.0, 0.0]], [[1, 2], [1, 2], [1, 2, 2]]
+    bins = reward.calibration([*scores, [-5.0, 5.0]], [*ranks, [2, 1]])
+    low, high = bins
+    # sigmoid .2 = .5498, .3 = .5744, 3 = .9526, 10 = .99995
+    assert low == (pytest.approx((0.54983 + 0.57444) / 2, abs=1e-4), 0.5, 2)
+    assert high == (pytest.approx((2 * 0.95257 + 0.99995) / 3, abs=1e-4), 1.0, 3)
+
+
+def test_a_bag_of_words_learns_words_and_neither_order_nor_prompt():
+    rng = random.Random(0)
+
+    def comparison(good: list[int], bad: list[int]) -> reward.Comparison:
+        prompt = [rng.randrange(20)]
+        return reward.Comparison({"ranks": [1, 2]}, [(prompt, good), (prompt, bad)])
+
+    noise = [[rng.randrange(3, 20) for _ in range(5)] for _ in range(400)]
+    words = [comparison([*x, 1], [*x, 2]) for x in noise]
+    found = reward.bag_of_words(words[:300], words[300:], 20)
+    assert all(good > bad for good, bad in found)
+    order = [comparison([1, *x, 2], [2, *x, 1]) for x in noise]
+    found = reward.bag_of_words(order[:300], order[300:], 20)
+    assert all(good == pytest.approx(bad, abs=1e-5) for good, bad in found)
 
 
 # ---- where a ScalarModel is read ----
