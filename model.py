@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.records import printable
-from data.tokenizer import from_state, to_state
+from data.tokenizer import from_state, get_tokenizer, hugging_face_files, to_state
 
 try:
     import triton
@@ -431,6 +432,11 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0  # of embeddings and residual branches, as GPT-2's resid_pdrop
 
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd)
+        if min(sizes) < 1 or self.n_embd % self.n_head:
+            raise ValueError(f"{self}: sizes are at least 1, and n_head divides n_embd")
+
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
@@ -512,12 +518,39 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     @classmethod
-    def load(cls, folder: str | Path, dropout: float = 0.0, average: bool = False) -> "GPT":
-        """The language model of a stage's folder, or the moving average of its weights."""
-        saved = load_checkpoint(folder)
-        model = cls(GPTConfig(**saved["gpt"] | {"dropout": dropout}))
-        model.load_state_dict(saved["training"]["average"] if average else saved["model"])
+    def load(cls, source: str | Path, dropout: float = 0.0, average: bool = False) -> "GPT":
+        """The language model of a stage's folder (or the moving average of its weights), of a
+        Hugging Face folder, or the published one called gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+        """
+        if is_hugging_face(source):
+            folder = download(str(source)) if str(source) in PUBLISHED else Path(source)
+            config, weights = read_hugging_face(folder)
+        else:
+            folder, saved = Path(source), load_checkpoint(source)
+            config = GPTConfig(**saved["gpt"])
+            weights = saved["training"]["average"] if average else saved["model"]
+        config.dropout = dropout
+        with torch.device("meta"):  # no memory, and no time for an initialisation
+            model = cls(config)
+        refuse_other_shapes(weights, model.state_dict(), folder)
+        model.load_state_dict(weights, assign=True)
         return model
+
+    def save(self, folder: str | Path, tokenizer: tiktoken.Encoding) -> None:
+        """Writes a Hugging Face folder: config.json, model.safetensors, the tokenizer's files."""
+        folder, c, eos = Path(folder), self.config, tokenizer.eot_token
+        folder.mkdir(parents=True, exist_ok=True)
+        config = HUGGING_FACE | {"vocab_size": c.vocab_size, "n_positions": c.block_size}
+        config |= {"n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+        config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
+        weights = {
+            f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w
+            for name, w in self.state_dict().items()
+        }
+        write_safetensors(folder / "model.safetensors", weights)
+        files = {"config.json": json.dumps(config, indent=1)} | hugging_face_files(tokenizer)
+        for name, text in files.items():
+            write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
 
 
 class ScalarModel(nn.Module):
@@ -551,6 +584,140 @@ class ScalarModel(nn.Module):
 
     def score(self, batch: Batch) -> Tensor:  # -> (B,) read at the last token of each sequence
         return self.head(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1]).squeeze(-1).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights in and out: Hugging Face's folders
+
+PUBLISHED = {  # and the SHA-256 of model.safetensors, where we know it
+    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "gpt2-medium": None,
+    "gpt2-large": None,
+    "gpt2-xl": None,
+}
+HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HUGGING_FACE = {  # what a config.json may not say otherwise, for then it is another network
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+def is_hugging_face(source: str | Path) -> bool:
+    folder = Path(source)  # a stage's folder has a config.json as well, of its flags
+    ours = (folder / "checkpoint.pt").exists()
+    return str(source) in PUBLISHED or ((folder / "config.json").exists() and not ours)
+
+
+def download(name: str) -> Path:
+    """The folder of a published GPT-2 in torch's cache, fetched when it is not there yet."""
+    folder = Path(torch.hub.get_dir()) / "nanorlhf" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, sha256 in (("config.json", None), ("model.safetensors", PUBLISHED[name])):
+        if not (folder / file).exists():
+            url = HUB.format(name, file)
+            try:
+                torch.hub.download_url_to_file(url, str(folder / file), hash_prefix=sha256)
+            except (OSError, RuntimeError) as error:  # no network, no such host, another hash
+                raise FileNotFoundError(
+                    f"{url} cannot be loaded ({error}); put config.json and model.safetensors of "
+                    f"{name} into a folder yourself and give its path"
+                ) from None
+    return folder
+
+
+def read_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Sizes and weights, by our names, of a GPT-2 that transformers has saved; else ValueError."""
+    path = folder / "config.json"
+    try:
+        config = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
+    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    sizes = [config.get(name) for name in names]
+    for name, size in zip(names, sizes, strict=True):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{path}: {name} is {size}; expected a positive number")
+    ours = HUGGING_FACE | {"n_inner": 4 * config["n_embd"]}
+    for name, value in ours.items():
+        if config.get(name) not in (None, value):
+            raise ValueError(f"{path}: {name} is {config[name]}; only {value} is supported")
+    if (folder / "model.safetensors").exists():
+        found = read_safetensors(folder / "model.safetensors")
+    else:
+        found = unpickle(folder / "pytorch_model.bin")
+    found = {name.removeprefix("transformer."): w.float() for name, w in found.items()}
+    head = found.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, found.get("wte.weight", head)):
+        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; ours is tied to it")
+    weights = {
+        name: w.T.contiguous() if name.endswith(TRANSPOSED) and w.dim() == 2 else w
+        for name, w in found.items()
+        if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)  # the causal mask, as a buffer
+    }
+    return GPTConfig(*sizes), weights
+
+
+def refuse_other_shapes(found: dict[str, Tensor], ours: dict[str, Tensor], folder: Path) -> None:
+    for name in sorted(found.keys() | ours.keys()):
+        shapes = [tuple(w[name].shape) if name in w else "missing" for w in (found, ours)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{folder}: weight {name} is {shapes[0]}, expected {shapes[1]}")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: 8 bytes n, n bytes of JSON that say where each lies, and the data.
+
+    ValueError unless they lie end to end, fill the data, and have the size of dtype and shape: no
+    file makes us read elsewhere, or more than it holds.
+    """
+    try:
+        with open(path, "rb") as file:
+            n = int.from_bytes(file.read(8), "little")
+            if 8 + n > path.stat().st_size:
+                raise ValueError("it is cut off")
+            header = json.loads(file.read(n))
+        data = np.memmap(path, np.uint8, "r", offset=8 + n)
+        header.pop("__metadata__", None)
+        tensors, at = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            begin, end = entry["data_offsets"]
+            if len(shape) > 8 or any(type(size) is not int or size < 1 for size in shape):
+                raise ValueError(f"{name} has shape {shape}")
+            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
+                raise ValueError(f"{name} cannot lie at {begin} to {end} of {len(data)}")
+            at = end
+            tensors[name] = torch.from_numpy(data[begin:end].copy()).view(dtype).view(shape)
+        if at != len(data):
+            raise ValueError(f"{len(data) - at} bytes too many")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        message = printable(str(error))[:200]
+        raise ValueError(f"{path} is no safetensors file that we read: {message}") from None
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = at + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+
+    def write(file) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+
+    write_atomically(path, write)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,7 +873,10 @@ class RunConfig:
     resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
 
 
-def parse(config_class: type, argv: list[str] | None = None) -> RunConfig:
+Presets = dict[str, dict[str, Any]]  # name: {field: default}
+
+
+def parse(config_class: type, presets: Presets, argv: list[str] | None = None) -> Any:
     """The command line of a dataclass: --name for each field, its trailing comment as help."""
     helps: dict[str, str] = {}
     for c in config_class.__mro__[:-1]:
@@ -721,14 +891,23 @@ def parse(config_class: type, argv: list[str] | None = None) -> RunConfig:
         if field.type is bool:
             flag = {"default": field.default, "action": argparse.BooleanOptionalAction}
         help = f"{helps[field.name]} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=help, **flag)
-    return config_class(**vars(parser.parse_args(argv)))
+        if field.type is list:
+            parser.add_argument(field.name, help=helps[field.name], nargs="+")
+        else:
+            parser.add_argument(f"--{field.name}", help=help, **flag)
+    if presets:
+        help = "other defaults, from the literature; flags of your own come first"
+        parser.add_argument("--preset", default="toy", choices=["toy", *presets], help=help)
+        parser.set_defaults(**presets.get(parser.parse_args(argv).preset, {}))
+    flags = vars(parser.parse_args(argv))
+    flags.pop("preset", None)
+    return config_class(**flags)
 
 
-def command(main: Callable[[Any], dict], config_class: type, argv: list[str] | None = None) -> None:
-    """Runs a stage from the command line; a wrong value or file is one line and exit status 2."""
+def command(main: Callable[[Any], Any], config_class: type, presets: Presets) -> None:
+    """Runs a program from the command line; a wrong value or file is one line and exit status 2."""
     try:
-        main(parse(config_class, argv))
+        main(parse(config_class, presets))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -870,6 +1049,13 @@ class Codec:
     def response(self, text: str) -> list[int]:
         return [*self.tokenizer.encode_ordinary(text), self.eos]
 
+    def refuse_other_vocabulary(self, model: "GPT") -> None:
+        if self.tokenizer.n_vocab != model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.n_vocab} tokens and the model has "
+                f"{model.config.vocab_size}; they belong to different models"
+            )
+
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([t for t in tokens if t != self.eos])
 
@@ -877,10 +1063,13 @@ class Codec:
         return {"tokenizer": to_state(self.tokenizer), "template": self.template}
 
     @classmethod
-    def load(cls, folder: str) -> "Codec":
-        """The codec of a stage's folder."""
-        state = load_checkpoint(folder)["codec"]
-        return cls(from_state(state["tokenizer"]), state["template"])
+    def load(cls, source: str | Path, template: str = "{prompt}") -> "Codec":
+        """The codec of a stage's folder; of another model, its tokenizer, and this template."""
+        if not is_hugging_face(source):
+            state = load_checkpoint(source)["codec"]
+            return cls(from_state(state["tokenizer"]), state["template"])
+        ranks = Path(source) / "tokenizer.tiktoken"
+        return cls(get_tokenizer(str(ranks) if ranks.exists() else "gpt2"), template)
 
 
 Pair = tuple[list[int], list[int]]  # tokens of a prompt and of its response
@@ -912,10 +1101,15 @@ def load_checkpoint(folder: str | Path) -> dict:
         raise FileNotFoundError(
             f"{path} does not exist; `python {maker.get(path.parent.name, 'ppo.py')}` makes it"
         )
+    return unpickle(path)
+
+
+def unpickle(path: Path) -> dict:
+    """What torch.save wrote: tensors and plain values only, so that no file can run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of ours ({type(error).__name__})") from None
+        raise ValueError(f"{path} is no checkpoint ({type(error).__name__})") from None
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
@@ -1001,3 +1195,49 @@ class Run:
         """A block of text for a person to read, appended to samples.txt."""
         with open(self.files[1], "a", encoding="utf-8") as file:
             file.write("\n".join(map(printable, lines)) + "\n\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# python model.py <model> ...: ask a model, or several side by side
+
+
+@dataclass
+class AskConfig:
+    models: list  # folders of stages or of Hugging Face, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    prompt: str = ""  # answer this; default: ask at the terminal until it is empty
+    raw: bool = False  # continue the prompt as it is, without the template
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # draw from the k likeliest tokens only; 0: from all
+    max_new_tokens: int = 80  # longest response
+    seed: int = 0  # all models draw with the same random numbers
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    export: str = ""  # write the model to this folder as transformers reads it, and ask nothing
+
+
+def ask(config: AskConfig) -> None:
+    """Prints the answer of every model to every prompt."""
+    device, asked = resolve_device(config.device), 0
+    models = [(name, GPT.load(name).to(device), Codec.load(name)) for name in config.models]
+    for name, model, codec in models:
+        codec.refuse_other_vocabulary(model)
+        if config.export:
+            model.save(config.export, codec.tokenizer)
+            print(f"wrote {name} to {config.export}")
+    while not config.export and (prompt := config.prompt or input("> ")):
+        for name, model, codec in models:
+            encode = codec.tokenizer.encode_ordinary if config.raw else codec.prompt
+            tokens = encode(prompt)[-(model.config.block_size - config.max_new_tokens) :]
+            seed = generator(config.seed, asked)
+            limits = (config.max_new_tokens, codec.eos, config.temperature, config.top_k)
+            (response,) = generate(model, [tokens], *limits, generator=seed)
+            print(f"[{name}] " * (len(models) > 1) + printable(codec.text(response)))
+        if config.prompt:
+            break
+        asked += 1
+
+
+if __name__ == "__main__":
+    try:
+        command(ask, AskConfig, {})
+    except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C at the prompt
+        print()

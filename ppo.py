@@ -12,12 +12,14 @@ side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO wi
     python ppo.py --init out/ppo --reward_model out/reward2 --out out/ppo2  # iterate
     python ppo.py --compare out/ppo,out/ppo_ptx --out out/compare       # the comparison alone
     python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
+    python ppo.py --reward mine.py:my_reward   # a Python function in the reward model's place
 """
 
 import copy
 import itertools
 import json
 import math
+import runpy
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,6 +33,8 @@ from data import toy
 from data.records import load_prompts, load_texts, printable
 from model import (
     GPT,
+    PUBLISHED,
+    Batch,
     Codec,
     Pair,
     Run,
@@ -48,6 +52,7 @@ from model import (
     optimizer_step,
     precision,
     resolve_device,
+    seed_of,
     shuffled,
     token_logprobs,
     write_atomically,
@@ -60,6 +65,7 @@ class Config(RunConfig):
     sft: str = "out/sft"  # folder of the fine-tuned model: the policy's start and its reference
     init: str = ""  # folder of a policy to continue, in place of the fine-tuned model
     reward_model: str = "out/reward"  # folder of the reward model, where the value model starts
+    reward: str = ""  # path.py:function in its place; (texts, prompts) -> scores, lists of one size
     trust: bool = False  # train even on a reward model that is not better than chance
     base: str = "out/base"  # folder of the base model, for the comparison
     prompts: str = "toy"  # toy, or a .jsonl file of prompts
@@ -93,6 +99,53 @@ class Config(RunConfig):
     compare: str = ""  # folders of policies, with commas between them: compare, do not train
     eval_prompts: int = 300  # held-out prompts of the comparison
     split: str = "test"  # toy prompts of the comparison: test; dev while you tune
+
+
+PRESETS = {  # python ppo.py --preset name: other defaults, for models and data of another size
+    "instructgpt": {  # Ouyang et al. 2022, C.4 and 3.5; PPO-ptx with --ptx_coef 27.8
+        "iterations": 500,  # 256,000 episodes
+        "batch_size": 512,
+        "minibatch_size": 64,
+        "ppo_epochs": 1,
+        "lr": 9.65e-6,  # within the range swept, 2.55e-6 to 2.55e-5
+        "value_lr": 9e-6,  # of the 1.3 and 6 billion parameter models
+        "warmup": 10,
+        "kl_coef": 0.02,
+        "ema_decay": 0.992,
+        "ptx_ratio": 8.0,
+        "max_new_tokens": 1000,
+    },
+    "tldr": {  # Huang et al. 2024, The N+ Implementation Details of RLHF with PPO
+        "iterations": 1953,
+        "batch_size": 512,
+        "minibatch_size": 512,
+        "ppo_epochs": 4,
+        "lr": 3e-6,
+        "value_lr": 3e-6,
+        "warmup": 0,
+        "kl_coef": 0.05,
+        "temperature": 0.7,
+        "max_new_tokens": 53,
+        "ema_decay": 0.0,
+    },
+    "sentiment": {  # Ziegler et al. 2019, lm-human-preferences' launch.py, 1,000,000 episodes
+        "iterations": 1953,
+        "batch_size": 512,
+        "minibatch_size": 512,
+        "ppo_epochs": 4,
+        "lr": 1e-5,
+        "value_lr": 1e-5,
+        "warmup": 0,
+        "value": "head",
+        "vf_coef": 0.1,
+        "kl_coef": 0.15,
+        "kl_target": 6.0,
+        "temperature": 0.7,
+        "max_new_tokens": 24,
+        "missing_eos_score": math.nan,  # all its continuations have 24 tokens
+        "ema_decay": 0.0,
+    },
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,11 +221,35 @@ def value_loss(
 # An iteration: sample, score, penalise, update
 
 
+class RewardFunction:
+    """A Python function in the reward model's place, from a user's file; see --reward."""
+
+    def __init__(self, place: str, codec: Codec):
+        path, _, name = place.rpartition(":")
+        self.place, self.codec = place, codec
+        self.function = runpy.run_path(path).get(name)
+        if not callable(self.function):
+            raise ValueError(f"{path} has no function {name!r}; expected --reward path.py:function")
+
+    def score(self, batch: Batch) -> Tensor:  # -> (B,)
+        sequences = batch.tokens.split(batch.cu_seqlens.diff().tolist())
+        pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, batch.lengths, strict=True)]
+        prompts = [self.codec.text(prompt.tolist()) for prompt, _ in pairs]
+        texts = [self.codec.text(response.tolist()) for _, response in pairs]
+        scores = self.function(texts, prompts)
+        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+            raise ValueError(
+                f"{self.place} returned {scores!r:.80} for {len(texts)} texts; expected a finite "
+                "number for each"
+            )
+        return torch.tensor(scores, dtype=torch.float32, device=batch.tokens.device)
+
+
 @dataclass
 class Models:
     policy: GPT
     ref_policy: GPT
-    reward_model: ScalarModel
+    reward_model: ScalarModel | RewardFunction
     value_model: ScalarModel
     average: GPT  # the policy's moving average: evaluated, never sampled from in training
     codec: Codec
@@ -184,14 +261,24 @@ class Models:
         device, codec = resolve_device(config.device), Codec.load(config.sft)
         policy = GPT.load(config.init or config.sft).to(device).eval()
         ref_policy = GPT.load(config.sft).to(device).eval()
-        reward_model = ScalarModel.load(config.reward_model).to(device).eval()
-        value_model = copy.deepcopy(reward_model)
+        reward_model = load_reward_model(config, codec)
+        torch.manual_seed(seed_of(config.seed, "head"))
         if config.value == "head":
             value_model = ScalarModel(policy, shared=True).to(device).eval()
+        elif isinstance(reward_model, ScalarModel):
+            value_model = copy.deepcopy(reward_model)
+        else:
+            value_model = ScalarModel(policy).to(device).eval()
         average = copy.deepcopy(policy)
         texts = pretraining_texts(config) if config.ptx_coef else []
         pairs = documents(texts, codec, policy.config.block_size)
         return cls(policy, ref_policy, reward_model, value_model, average, codec, pairs)
+
+
+def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunction:
+    if config.reward:
+        return RewardFunction(config.reward, codec)
+    return ScalarModel.load(config.reward_model).to(resolve_device(config.device)).eval()
 
 
 @dataclass
@@ -345,7 +432,7 @@ def update_average(average: GPT, policy: GPT, decay: float) -> None:
 def train(config: Config) -> dict[str, GPT]:
     """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
     models = Models.load(config)
-    if not config.trust:
+    if not config.reward and not config.trust:
         refuse_chance(config.reward_model)
     policy, value_model, codec = models.policy, models.value_model, models.codec
     new = value_model.head if config.value == "head" else value_model
@@ -461,7 +548,7 @@ class Contest:
     asked: list[str]
     prompts: list[list[int]]
     sft: GPT
-    reward_model: ScalarModel
+    reward_model: ScalarModel | RewardFunction
     codec: Codec
     config: Config
 
@@ -609,11 +696,11 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     """Prints the table, writes results.json and comparison.txt, and returns the table's rows."""
     device, codec, asked = resolve_device(config.device), Codec.load(config.sft), held_out(config)
     sft = GPT.load(config.sft).to(device).eval()
-    reward_model = ScalarModel.load(config.reward_model).to(device).eval()
+    reward_model = load_reward_model(config, codec)
     prompts = encode_prompts(asked, codec, config, sft.config.block_size)
     contest = Contest(asked, prompts, sft, reward_model, codec, config)
     answers: dict[str, tuple[list[list[int]], GPT | None]] = {}
-    if (Path(config.base) / "checkpoint.pt").exists():
+    if Path(config.base).exists() or config.base in PUBLISHED:
         base = GPT.load(config.base).to(device).eval()
         answers["base"] = contest.answers(base), base
         if config.prompts == "toy":
@@ -699,4 +786,4 @@ def load_policies(config: Config) -> dict[str, GPT]:
 
 
 if __name__ == "__main__":
-    command(main, Config)
+    command(main, Config, PRESETS)

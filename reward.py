@@ -81,6 +81,12 @@ class Config(RunConfig):
     held_out: float = 0.1  # share of the prompts that only measures accuracy
 
 
+PRESETS = {  # python reward.py --preset name: other defaults, for models and data of another size
+    "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6},  # C.2; K = 4 to 9
+    "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6},  # Huang et al. 2024
+}
+
+
 def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
     """Mean over prompts of the mean of -log sigmoid(r_better - r_worse) over a prompt's pairs.
 
@@ -122,9 +128,10 @@ def collect(config: Config) -> list[dict]:
     texts = iter([codec.text(tokens) for tokens in sampled])
     rng, comparisons = random.Random(config.seed), []
     for row in rows:
-        responses = list(dict.fromkeys(next(texts) for _ in range(config.responses)))
-        ranks = labeler.rank(row["prompt"], responses, rng, config.noise)
+        different = dict.fromkeys(next(texts) for _ in range(config.responses))
+        responses = [text for text in different if "\0" not in text]  # which no record may hold
         if len(responses) > 1:
+            ranks = labeler.rank(row["prompt"], responses, rng, config.noise)
             comparisons.append({"prompt": row["prompt"], "responses": responses, "ranks": ranks})
     return comparisons
 
@@ -362,4 +369,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    command(main, Config)
+    command(main, Config, PRESETS)

@@ -3,6 +3,7 @@ language-model pretraining, which makes the base model that everything is compar
 
     python sft.py                                   # the toy world: pretrain, then fine-tune
     python sft.py --init out/base                   # fine-tune an existing model
+    python sft.py --init gpt2 --demonstrations mine.jsonl --template "Q: {prompt}\\nA:"
     python sft.py --demonstrations mine.jsonl       # {"prompt": ..., "response": ...} a line
     python sft.py --init out/base --epochs 16 --dropout 0.2 --reward_model out/reward
 
@@ -53,7 +54,7 @@ from model import (
 class Config(RunConfig):
     out: str = "out/sft"  # run folder of the fine-tuned model
     base: str = "out/base"  # run folder of the base model that pretraining makes
-    init: str = "scratch"  # scratch: pretrain a base model; or the folder of a model to fine-tune
+    init: str = "scratch"  # scratch: pretrain; or fine-tune this: a folder, gpt2, gpt2-medium …
     # the model from scratch
     tokenizer: str = "toy"  # toy, gpt2 or a .tiktoken file
     template: str = "{prompt}\\n"  # what every prompt is put into; \n is a line break
@@ -77,6 +78,12 @@ class Config(RunConfig):
     dropout: float = 0.0  # on residual branches; the paper's 16-epoch baselines use 0.2
     reward_model: str = ""  # folder of a reward model: keep the epoch whose answers it scores best
     held_out: float = 0.03  # share of documents and demonstrations that only measures the loss
+
+
+PRESETS = {  # python sft.py --preset name: other defaults, for models and data of another size
+    "instructgpt": {"epochs": 2, "batch_size": 32, "lr": 1.04e-5, "pretrain_mix": 0.1},  # C.3, 6B
+    "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
+}
 
 
 def sft_loss(model: GPT, batch: Batch) -> Tensor:
@@ -201,7 +208,8 @@ def pretrain(config: Config, asked: list[str]) -> dict:
 def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
     """Supervised fine-tuning of the base model, or of the one that --init names."""
     source = config.base if config.init == "scratch" else config.init
-    codec, model = Codec.load(source), GPT.load(source, dropout=config.dropout)
+    codec, model = Codec.load(source, config.template), GPT.load(source, dropout=config.dropout)
+    codec.refuse_other_vocabulary(model)
     model = model.to(resolve_device(config.device))
     pairs = []
     for row in rows:
@@ -239,4 +247,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    command(main, Config)
+    command(main, Config, PRESETS)

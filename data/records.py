@@ -274,10 +274,10 @@ def pair_is_usable(chosen: str, rejected: str, counts: Counter[str]) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside, a DataError or OSError ends the program as `error: …` with status 2."""
+    """Inside, a ValueError or OSError ends the program as `error: …` with status 2."""
     try:
         yield
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

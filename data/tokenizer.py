@@ -7,6 +7,7 @@ becomes the control token `encoding.eot_token`.
 """
 
 import base64
+import json
 import re
 from collections import Counter
 from itertools import pairwise
@@ -80,6 +81,39 @@ def parse_ranks(text: str) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("a rank is missing or occurs twice; expected 0, 1, 2, ... once each")
     return ranks
+
+
+def hugging_face_files(encoding: tiktoken.Encoding) -> dict[str, str]:
+    """The tokenizer as transformers' GPT2Tokenizer reads it, and as `get_tokenizer` does.
+
+    These files write every byte as a printable character; a merge is the last pair that becomes the
+    token. Ids agree on ASCII text; beyond it, our own pattern splits words in another way.
+    """
+    ranks = encoding._mergeable_ranks
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [byte for byte in range(256) if byte not in plain]
+    letter = {byte: chr(byte) for byte in plain} | {b: chr(256 + i) for i, b in enumerate(other)}
+
+    def spell(token: bytes) -> str:
+        return "".join(letter[byte] for byte in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join(map(spell, parts)))
+    vocab = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
+    eos, config = "<|endoftext|>", {"tokenizer_class": "GPT2Tokenizer"}
+    config |= {"bos_token": eos, "eos_token": eos, "unk_token": eos}
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=1),
+    } | ({} if encoding.name == "gpt2" else {"tokenizer.tiktoken": format_ranks(ranks)})
 
 
 def train_bpe(text: str, vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
