@@ -572,8 +572,10 @@ class ScalarModel(nn.Module):
     def load(cls, folder: str) -> "ScalarModel":
         """The reward model of a stage's folder."""
         saved = load_checkpoint(folder)
-        model = cls(GPT(GPTConfig(**saved["gpt"])))
-        model.load_state_dict(saved["model"])
+        with torch.device("meta"):
+            model = cls(GPT(GPTConfig(**saved["gpt"])))
+        refuse_other_shapes(saved["model"], model.state_dict(), Path(folder))
+        model.load_state_dict(saved["model"], assign=True)
         return model
 
     def forward(self, batch: Batch) -> Tensor:  # -> (T,)
@@ -1101,7 +1103,11 @@ def load_checkpoint(folder: str | Path) -> dict:
         raise FileNotFoundError(
             f"{path} does not exist; `python {maker.get(path.parent.name, 'ppo.py')}` makes it"
         )
-    return unpickle(path)
+    saved = unpickle(path)
+    missing = {"stage", "config", "gpt", "codec", "step", "metrics", "sizes", "model", "training"}
+    if not isinstance(saved, dict) or (missing := missing - saved.keys()):
+        raise ValueError(f"{path} is no checkpoint of a stage: it has no {', '.join(missing)}")
+    return saved
 
 
 def unpickle(path: Path) -> dict:
@@ -1109,7 +1115,7 @@ def unpickle(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint ({type(error).__name__})") from None
+        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:

@@ -21,8 +21,10 @@ import json
 import math
 import runpy
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -221,23 +223,40 @@ def value_loss(
 # An iteration: sample, score, penalise, update
 
 
+FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError)
+FAULTS += (RuntimeError, SyntaxError, TypeError, ValueError)
+
+
 class RewardFunction:
     """A Python function in the reward model's place, from a user's file; see --reward."""
 
     def __init__(self, place: str, codec: Codec):
         path, _, name = place.rpartition(":")
         self.place, self.codec = place, codec
-        self.function = runpy.run_path(path).get(name)
+        with self.one_line_errors():
+            self.function = runpy.run_path(path).get(name)
         if not callable(self.function):
             raise ValueError(f"{path} has no function {name!r}; expected --reward path.py:function")
+
+    @contextmanager
+    def one_line_errors(self) -> Iterator[None]:
+        """Inside, whatever a user's code raises becomes a ValueError that names its line."""
+        try:
+            yield
+        except FAULTS as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            kind = type(error).__name__
+            raise ValueError(f"{self.place}, line {line}: {kind}: {error}") from None
 
     def score(self, batch: Batch) -> Tensor:  # -> (B,)
         sequences = batch.tokens.split(batch.cu_seqlens.diff().tolist())
         pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, batch.lengths, strict=True)]
         prompts = [self.codec.text(prompt.tolist()) for prompt, _ in pairs]
         texts = [self.codec.text(response.tolist()) for _, response in pairs]
-        scores = self.function(texts, prompts)
-        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+        with self.one_line_errors():
+            scores = self.function(texts, prompts)
+        numbers = [x for x in scores or [] if isinstance(x, (int, float)) and math.isfinite(x)]
+        if not len(numbers) == len(scores or []) == len(texts):
             raise ValueError(
                 f"{self.place} returned {scores!r:.80} for {len(texts)} texts; expected a finite "
                 "number for each"
