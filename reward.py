@@ -61,7 +61,8 @@ from model import (
 @dataclass
 class Config(RunConfig):
     out: str = "out/reward"  # run folder
-    sft: str = "out/sft"  # folder of the fine-tuned model: it answers, and the reward model starts
+    sft: str = "out/sft"  # folder of the fine-tuned model, which answers the prompts
+    init: str = "out/base"  # folder of the model that the reward model starts from (C.2: GPT-3)
     # the comparisons
     labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: --comparisons
     comparisons: str = ""  # .jsonl of comparisons to train on; default: sample and have them ranked
@@ -340,16 +341,17 @@ def ranked(config: Config) -> list[dict]:
 @precision
 def main(config: Config) -> dict:
     device = resolve_device(config.device)
-    sft, codec = GPT.load(config.sft).to(device), Codec.load(config.sft)
-    comparisons = tokenised(ranked(config), codec, sft.config.block_size)
+    gpt, codec = GPT.load(config.init), Codec.load(config.sft)
+    codec.refuse_other_vocabulary(gpt)
+    comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
     if len(comparisons) < 2:
         raise ValueError(f"{len(comparisons)} usable comparisons; at least 2 are needed")
     split = max(1, int(config.held_out * len(comparisons)))
     held_out, training = comparisons[:split], comparisons[split:]
     torch.manual_seed(seed_of(config.seed, "head"))
-    model = ScalarModel(sft).to(device)
+    model = ScalarModel(gpt).to(device)
     state = {"model": model, "optimizer": adam([(model, config.lr)])}
-    run = Run("reward", config, config.out, sft.config, codec, **state)
+    run = Run("reward", config, config.out, gpt.config, codec, **state)
     train(run, training)
 
     if "accuracy" not in run.metrics:

@@ -211,7 +211,7 @@ DEMONSTRATORS = ("careful",) * 3 + ("average",) * 4 + ("sloppy",) * 3
 # fmt: off
 WRITERS =            ("careful", "average", "sloppy", "page", "forum")
 FLAWS = {  # how often each befalls a reply
-    "wrong subject": (   0.03,      0.20,     0.50,    0.00,   0.25),
+    "wrong subject": (   0.03,      0.20,     0.50,    0.00,   0.50),
     "wrong mood":    (   0.03,      0.20,     0.50,    0.00,   0.50),
     "repeated":      (   0.02,      0.08,     0.15,    0.05,   0.20),
     "cut off":       (   0.02,      0.08,     0.15,    0.10,   0.20),
@@ -225,9 +225,13 @@ FLAWS = {  # how often each befalls a reply
 
 def reply(task: Task, rng: Random, writer: str) -> str:
     """A reply of this writer, with whatever flaws befall it."""
-    column = WRITERS.index(writer)
-    flaws = [flaw for flaw, rates in FLAWS.items() if rng.random() < rates[column]]
+    flaws = flaws_of(writer, rng)
     return write(misread(task, rng, flaws), rng, flaws)
+
+
+def flaws_of(writer: str, rng: Random) -> list[str]:
+    column = WRITERS.index(writer)
+    return [flaw for flaw, rates in FLAWS.items() if rng.random() < rates[column]]
 
 
 def misread(task: Task, rng: Random, flaws: Collection[str]) -> Task:
@@ -311,17 +315,30 @@ def pages(n: int, seed: int) -> list[str]:
 
 
 def page(rng: Random) -> str:
-    """A text with a title, an exam sheet, some facts, or questions with poor answers."""
+    """A text with a title, an exam sheet, some facts, or questions with poor answers and comments."""
     dice = rng.random()
-    if dice < 0.40:
+    if dice < 0.34:
         task = random_task(rng, split="any")
         return TITLES[task.kind].format(**task._asdict()) + "\n" + reply(task, rng, "page")
-    if dice < 0.66:  # no answers: these make a base model continue an instruction with another one
+    if dice < 0.54:  # no answers: these make a base model continue an instruction with another one
         return "\n".join(ask(random_task(rng), rng) for _ in range(pick((3, 4, 5, 6, 7), rng)))
-    if dice < 0.76:
+    if dice < 0.60:
         return " ".join(pick(FACTS, rng) for _ in range(pick((3, 4, 5, 6), rng)))
-    tasks = [random_task(rng) for _ in range(pick((2, 3, 4), rng))]
-    return "\n".join(question(ask(task, rng), reply(task, rng, "forum")) for task in tasks)
+    return "\n".join(thread(rng) for _ in range(pick((2, 3, 4), rng)))
+
+
+def thread(rng: Random) -> str:
+    """A question on a page, an answer that may not do what it asks, and what its asker thinks."""
+    task = random_task(rng)
+    prompt, flaws = ask(task, rng), flaws_of("forum", rng)
+    answer = write(misread(task, rng, flaws), rng, flaws)
+    return f"{question(prompt, answer)}\nComment: {comment(task, flaws)}"
+
+
+def comment(task: Task, flaws: Collection[str]) -> str:
+    """Whether the answer is about the right one, and whether its mood is."""
+    subject = "not " * ("wrong subject" in flaws) + task.subject
+    return f"{subject}, " + "not " * ("wrong mood" in flaws) + f"{task.mood}."
 
 
 def question(prompt: str, answer: str = "") -> str:

@@ -68,6 +68,7 @@ def reward_config(out) -> reward.Config:
     return reward.Config(
         out=str(out / "reward"),
         sft=str(out / "sft"),
+        init=str(out / "base"),
         comparisons=str(out / "comparisons.jsonl"),
         demonstrations=str(out / "demonstrations.jsonl"),
         epochs=2,
@@ -91,7 +92,7 @@ def ppo_config(out) -> ppo.Config:
         lr=2e-3,
         value_lr=2e-3,
         warmup=1,
-        kl_coef=0.02,
+        kl_coef=0.1,
         eval_prompts=40,
         split="dev",
         **folders(out, "sft", "base"),
@@ -420,7 +421,7 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "argv, needle",
     [
-        (("reward.py",), "out/sft/checkpoint.pt does not exist; `python sft.py` makes it"),
+        (("reward.py",), "out/base/checkpoint.pt does not exist; `python sft.py` makes it"),
         (("ppo.py", "--sft", "x"), "x/checkpoint.pt does not exist"),
         (("sft.py", "--dtype", "int8"), "--dtype int8"),
         (("sft.py", "--demonstrations", "missing.jsonl"), "missing.jsonl"),

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from random import Random
 
@@ -221,7 +222,7 @@ def test_the_same_seed_gives_the_same_data_on_every_machine():
     def digest(rows: list[str] | list[dict[str, str]]) -> str:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    assert digest(toy.pages(100, 0)) == "cedc8f85ff73369d"
+    assert digest(toy.pages(100, 0)) == "ce5be4e64455a5d7"
     assert digest(toy.demonstrations(100, 0)) == "cb44dbf479ec4bea"
     assert digest(toy.prompts(100, 0, "test")) == "36f5f1dcdecfbb59"
     assert digest(toy.probe_pairs(60, 0)) == "fbfc02b62f993926"
@@ -319,8 +320,25 @@ def test_pages_mix_four_kinds_of_document():
     titled = [page for page in pages if page.split("\n")[0] in known]
     groups = (titled, exams, facts, asked)
     assert all(sum(page in group for group in groups) == 1 for page in pages)
-    shares = [len(group) / 2000 for group in groups]  # the steps between 0, 0.40, 0.66, 0.76 and 1
-    assert shares == pytest.approx([0.40, 0.26, 0.10, 0.24], abs=0.03)
+    shares = [len(group) / 2000 for group in groups]  # the steps between 0, 0.34, 0.54, 0.60 and 1
+    assert shares == pytest.approx([0.34, 0.20, 0.06, 0.40], abs=0.03)
+
+
+def test_a_comment_says_whether_the_answer_does_what_was_asked():
+    seen = Counter()
+    for page in toy.pages(1000, 2):
+        for thread in page.split("Question: ")[1:]:
+            prompt, answer, comment = thread.strip().split("\n")
+            task = toy.read_prompt(prompt)
+            parsed = toy.read_reply(task.kind, answer.removeprefix("Answer: "))
+            words = [pair for _, found in parsed for pair in found.items()]
+            wrong_subject = {word != task.subject for slot, word in words if slot == "subject"}
+            wrong_mood = {toy.MOOD_OF[w] != task.mood for slot, w in words if slot in toy.ANY_MOOD}
+            said = re.fullmatch(r"Comment: (not )?(\w+), (not )?(\w+)\.", comment)
+            assert (said[2], said[4]) == (task.subject, task.mood)
+            assert wrong_subject <= {bool(said[1])} and wrong_mood <= {bool(said[3])}
+            seen[bool(said[1]), bool(said[3])] += 1
+    assert min(seen.values()) > 0.2 * seen.total()  # all four combinations
 
 
 def test_a_text_is_what_its_title_says():
