@@ -20,7 +20,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import pickle
 import re
 import sys
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.records import printable
+from data.records import printable, write_atomically
 from data.tokenizer import from_state, get_tokenizer, hugging_face_files, to_state
 
 try:
@@ -1116,16 +1115,6 @@ def unpickle(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file under a temporary name and renames it when it is complete and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Run:

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import toy
-from data.records import load_prompts, load_texts, printable
+from data import labeler, toy
+from data.records import load_prompts, load_texts, printable, write_atomically
 from model import (
     GPT,
     PUBLISHED,
@@ -57,7 +57,6 @@ from model import (
     seed_of,
     shuffled,
     token_logprobs,
-    write_atomically,
 )
 
 
@@ -100,6 +99,7 @@ class Config(RunConfig):
     ablation: bool = True  # also train without the KL penalty
     compare: str = ""  # folders of policies, with commas between them: compare, do not train
     eval_prompts: int = 300  # held-out prompts of the comparison
+    judge: str = "gold"  # gold: the rubric, where there is one; human: and you, blind
     split: str = "test"  # toy prompts of the comparison: test; dev while you tune
 
 
@@ -556,7 +556,7 @@ def encode_prompts(
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
-MEASURES = ("gold", "win_rate", "score", "kl", "length", "eos_rate", "repetition")
+MEASURES = ("gold", "win_rate", "human_win_rate", "score", "kl", "length", "eos_rate", "repetition")
 PARTS = tuple(f"gold/{part}" for part in toy.PARTS)
 
 
@@ -737,10 +737,30 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
         if name.startswith("best_of"):
             row["kl"] = best_of_n_kl(BEST_OF)
         rows.append(row)
+    if config.judge == "human":
+        judge_by_hand(rows, answers, contest)
     print_table(rows)
     results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
     write_results(config, results | {"best_of_n": curve}, contest, answers)
     return rows
+
+
+def judge_by_hand(rows: list[dict], answers: dict, contest: Contest) -> None:
+    """A person ranks the models' answers, blind; adds each model's win rate against sft."""
+    if not contest.config.resume:
+        labeler.refuse_answers(contest.config.out)
+    texts = [[contest.codec.text(tokens) for tokens in given] for given, _ in answers.values()]
+    items = [
+        {"prompt": prompt, "responses": list(responses)}
+        for prompt, *responses in zip(contest.asked, *texts, strict=True)
+    ]
+    person = labeler.Person(items, contest.config.out, contest.config.seed)
+    person.rank_all()
+    sft, judged = list(answers).index("sft"), [item["ranks"] for item in person.comparisons()]
+    for i, row in enumerate(rows):
+        wins = [(ranks[i] < ranks[sft]) / 2 + (ranks[i] <= ranks[sft]) / 2 for ranks in judged]
+        if wins and i != sft:
+            row["human_win_rate"], row["human_win_rate_ci"] = mean_and_interval(wins)
 
 
 def write_results(config: Config, results: dict, contest: Contest, answers: dict) -> None:

@@ -31,6 +31,7 @@ from data.records import (
     load_prompts,
     pair_accuracy,
     save_records,
+    write_atomically,
 )
 from model import (
     GPT,
@@ -54,7 +55,6 @@ from model import (
     seed_of,
     split_by_tokens,
     steps_per_epoch,
-    write_atomically,
 )
 
 
@@ -64,8 +64,8 @@ class Config(RunConfig):
     sft: str = "out/sft"  # folder of the fine-tuned model, which answers the prompts
     init: str = "out/base"  # folder of the model that the reward model starts from (C.2: GPT-3)
     # the comparisons
-    labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: --comparisons
-    comparisons: str = ""  # .jsonl of comparisons to train on; default: sample and have them ranked
+    labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: in --comparisons
+    comparisons: str = ""  # .jsonl of comparisons, in place of sampling and ranking
     merge: str = ""  # .jsonl of earlier comparisons to train on as well
     policy: str = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: str = "toy"  # what it answers: toy, or a .jsonl file of prompts
@@ -107,7 +107,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
 
 
 def collect(config: Config) -> list[dict]:
-    """K sampled responses to each prompt, duplicates removed, ranked by the simulated labeler."""
+    """{"prompt", "responses"}: K sampled responses to each prompt, duplicates removed."""
     source, codec = config.policy or config.sft, Codec.load(config.sft)
     model = GPT.load(source).to(resolve_device(config.device))
     place = (config.seed, "collect", "policy" if config.policy else "sft")
@@ -118,23 +118,51 @@ def collect(config: Config) -> list[dict]:
     room = model.config.block_size - config.max_new_tokens
     prompts = [codec.prompt(row["prompt"])[-room:] for row in rows for _ in range(config.responses)]
     print(f"sampling {len(prompts)} responses of {source}")
-    sampled = generate(
-        model,
-        prompts,
-        config.max_new_tokens,
-        codec.eos,
-        config.temperature,
-        generator=generator(*place),
-    )
-    texts = iter([codec.text(tokens) for tokens in sampled])
-    rng, comparisons = random.Random(config.seed), []
+    limits = (config.max_new_tokens, codec.eos, config.temperature)
+    sampled = generate(model, prompts, *limits, generator=generator(*place))
+    texts, items = iter([codec.text(tokens) for tokens in sampled]), []
     for row in rows:
         different = dict.fromkeys(next(texts) for _ in range(config.responses))
         responses = [text for text in different if "\0" not in text]  # which no record may hold
         if len(responses) > 1:
-            ranks = labeler.rank(row["prompt"], responses, rng, config.noise)
-            comparisons.append({"prompt": row["prompt"], "responses": responses, "ranks": ranks})
-    return comparisons
+            items.append({"prompt": row["prompt"], "responses": responses})
+    return items
+
+
+def ranked_by_rubric(items: list[dict], config: Config) -> list[dict]:
+    rng = random.Random(config.seed)
+    ranks = [labeler.rank(i["prompt"], i["responses"], rng, config.noise) for i in items]
+    return [item | {"ranks": r} for item, r in zip(items, ranks, strict=True)]
+
+
+def rank_by_hand(config: Config) -> None:
+    """Asks at the terminal until all is ranked; ends the program if the person quits before."""
+    path = Path(config.out) / "responses.jsonl"
+    if not config.resume:
+        labeler.refuse_answers(config.out)
+    if not config.resume or not path.exists():
+        save_records(path, collect(config))
+    person = labeler.Person(load_comparisons(path), config.out, config.seed)
+    if not person.rank_all():
+        print(f"--resume continues; or --labeler file --comparisons {person.output} trains now")
+        raise SystemExit(0)
+
+
+def ranked(config: Config) -> list[dict]:
+    """The comparisons to train on: given, or sampled and ranked now; and the earlier ones."""
+    if config.labeler not in ("gold", "human", "file"):
+        raise ValueError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
+    if config.labeler == "file" and not config.comparisons:
+        raise ValueError("--labeler file needs the file: --comparisons <path>")
+    path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
+    if config.labeler == "human":
+        rank_by_hand(config)
+    elif not config.comparisons and not (config.resume and path.exists()):
+        save_records(path, ranked_by_rubric(collect(config), config))
+    earlier = load_comparisons(config.merge) if config.merge else []
+    records = load_comparisons(path) + earlier  # the new ones first: they are held out
+    print(f"{len(records)} comparisons, {len(records) - len(earlier)} of them in {path}")
+    return records
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +264,7 @@ def report(
         "a linear model of word counts": pair_accuracy(words, ranks),
         "the longer response wins": pair_accuracy(lengths, ranks),
     }
-    if config.prompts == "toy" and not config.comparisons:
+    if config.prompts == "toy" and config.labeler == "gold" and not config.comparisons:
         gold = [[toy.gold(r["prompt"], text) for text in r["responses"]] for r in records]
         gold_ranks = [[1 + sum(x > own for x in g) for own in g] for g in gold]
         found["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
@@ -311,7 +339,7 @@ def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, conf
     """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
     if config.demonstrations:
         rows = load_demonstrations(config.demonstrations)
-    elif config.prompts == "toy" and not config.comparisons:
+    elif config.prompts == "toy" and config.labeler == "gold" and not config.comparisons:
         rows = toy.demonstrations(500, config.seed + 1)
     else:
         rows = [
@@ -325,17 +353,6 @@ def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, conf
     scores = score_all(model, tokenised(records, codec, block_size), config)
     with torch.no_grad():
         model.head.bias -= sum(score for (score,) in scores) / len(scores)
-
-
-def ranked(config: Config) -> list[dict]:
-    """The comparisons to train on: given, or sampled and ranked now, and the earlier ones."""
-    path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
-    if not config.comparisons and not (config.resume and path.exists()):
-        save_records(path, collect(config))
-    earlier = load_comparisons(config.merge) if config.merge else []
-    records = load_comparisons(path) + earlier  # the new ones first: they are held out
-    print(f"{len(records)} comparisons, {len(records) - len(earlier)} of them in {path}")
-    return records
 
 
 @precision

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import BinaryIO, NoReturn, TypedDict
 
 import numpy as np
 
@@ -237,14 +237,26 @@ def save_records(path: str | Path, records: Iterable[Mapping[str, object]]) -> N
             wrong = f"cannot write the lone surrogate U+{ord(error.object[error.start]):04X}"
             raise DataError(path, number, wrong, "text that UTF-8 can hold") from None
     content = b"".join(lines)
+    if path.suffix == ".gz":
+        content = gzip.compress(content, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file under a temporary name, and renames it when it is complete and on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # a crash after the renaming must not leave an empty file
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # nor may it undo the renaming
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

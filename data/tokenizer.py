@@ -1,15 +1,18 @@
 """Tokenizers, always a `tiktoken.Encoding`: that of GPT-2, or a small one for the toy world.
 
-    python -m data.tokenizer        # trains data/toy.tiktoken anew
+    python -m data.tokenizer                                       # trains data/toy.tiktoken anew
+    python -m data.tokenizer mine.jsonl mine.tiktoken --vocab_size 4096   # one for your own texts
 
 Encode text with `encode_ordinary`: it spells out a literal "<|endoftext|>", which therefore never
 becomes the control token `encoding.eot_token`.
 """
 
+import argparse
 import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -147,15 +150,22 @@ def merge(tokens: list[bytes], pair: tuple[bytes, bytes]) -> None:
         i += 1
 
 
-def main() -> None:
-    """Trains the toy world's tokenizer on its pages and writes data/toy.tiktoken."""
+def main(argv: Sequence[str] | None = None) -> None:
+    from data.records import load_texts, one_line_errors, write_atomically
     from data.toy import pages  # here, since a tokenizer needs no toy world to be used
 
-    text = "\n".join(pages(4000, seed=0))
-    ranks = train_bpe(text, vocab_size=1024)
-    TOY.write_text(format_ranks(ranks), encoding="ascii", newline="\n")
-    length = len(get_tokenizer("toy").encode_ordinary(text))
-    print(f"wrote {TOY.name}: {len(ranks):,} ranks, {len(text) / length:.2f} characters a token")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("texts", nargs="?", help="a .txt file, a folder of them, or JSON Lines")
+    parser.add_argument("out", nargs="?", type=Path, default=TOY, help=".tiktoken file to write")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="tokens, with the 256 bytes")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        text = "\n".join(load_texts(args.texts) if args.texts else pages(4000, seed=0))
+        ranks = train_bpe(text, args.vocab_size)
+        write_atomically(args.out, lambda file: file.write(format_ranks(ranks).encode("ascii")))
+        length = len(get_tokenizer(str(args.out)).encode_ordinary(text))
+    print(f"wrote {args.out.name}: {len(ranks):,} ranks, {len(text) / length:.2f} characters each")
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def pages(n: int, seed: int) -> list[str]:
 
 
 def page(rng: Random) -> str:
-    """A text with a title, an exam sheet, some facts, or questions with poor answers and comments."""
+    """A text with a title, an exam sheet, some facts, or questions with poor answers."""
     dice = rng.random()
     if dice < 0.34:
         task = random_task(rng, split="any")

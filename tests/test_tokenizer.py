@@ -21,9 +21,18 @@ ENCODING = get_tokenizer("toy")
 def test_training_again_gives_the_shipped_file(tmp_path, monkeypatch, capsys):
     shipped = TOY.read_bytes()
     monkeypatch.setattr(tokenizer, "TOY", tmp_path / "toy.tiktoken")
-    tokenizer.main()
+    tokenizer.main([])
     assert (tmp_path / "toy.tiktoken").read_bytes() == shipped
     assert "1,024 ranks" in capsys.readouterr().out
+
+
+def test_a_tokenizer_for_ones_own_texts(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("so und so und so\n" * 3)
+    tokenizer.main([f"{tmp_path}/mine.txt", f"{tmp_path}/mine.tiktoken", "--vocab_size", "258"])
+    assert get_tokenizer(f"{tmp_path}/mine.tiktoken").n_vocab == 259  # and end of text
+    with pytest.raises(SystemExit):
+        tokenizer.main([f"{tmp_path}/mine.txt", f"{tmp_path}/x.tiktoken", "--vocab_size", "9999"])
+    assert "fewer than 9999" in capsys.readouterr().err and not (tmp_path / "x.tiktoken").exists()
 
 
 def test_bpe_by_hand():
