@@ -1,0 +1,201 @@
+"""Injects known bugs into a copy of the code, one at a time, and shows that the tests see each.
+
+    python tests/mutations.py             # all; about 25 minutes on one core, a line for each bug
+    python tests/mutations.py kl_sign     # those whose name contains this
+
+Most of the bugs have stood in a published implementation. A test of its own makes sure that each of
+them can still be put into the code as it is.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PPO, MODEL, REWARD, SFT, RUNS = "ppo", "model", "reward", "sft", "pipeline"  # tests/test_*.py
+R_T = "rewards = -kl_coef * (logprobs - ref_logprobs)"
+SCORE = "return self.head(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1])"
+POLICY = "return torch.max(-advantages * ratio, -advantages * clipped).mean()"
+RANKING = "losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())"
+SFT_LOSS = "return -token_logprobs(model, batch)[0].mean()"
+REFERENCE = "ref_policy = GPT.load(config.sft).to(device).eval()"
+SEEN = "seen = torch.arange(cache.shape[3], device=n.device) <= n[:, None]"
+# fmt: off
+BUGS = [  # name, the tests that must see it, file, correct code, wrong code
+    # rewards and advantages
+    ("kl_sign", PPO, "ppo.py", R_T, R_T.replace("-kl", "kl")),
+    ("kl_mean_per_response", PPO, "ppo.py", R_T, f"{R_T} / lengths.repeat_interleave(lengths)"),
+    ("kl_absolute", PPO, "ppo.py", R_T, f"{R_T}.abs()"),
+    ("kl_written_over_logprobs", PPO, "ppo.py", R_T,
+     "rewards = logprobs.sub_(ref_logprobs) * -kl_coef"),
+    ("score_at_first_token", PPO, "ppo.py", "lengths.cumsum(0) - 1, scores",
+     "lengths.cumsum(0) - lengths, scores"),
+    ("score_at_every_token", PPO, "ppo.py",
+     "return rewards.index_add(0, lengths.cumsum(0) - 1, scores)",
+     "return rewards + scores.repeat_interleave(lengths)"),
+    ("missing_end_ignored", RUNS, "ppo.py", "torch.where(ended == 1, scores,",
+     "torch.where(ended < 2, scores,"),
+    ("gae_crosses_the_end", PPO, "ppo.py", "if t in last else", "if t == len(r) - 1 else"),
+    ("lam_missing", PPO, "ppo.py", "gamma * lam * next_advantage", "gamma * next_advantage"),
+    ("gamma_missing", PPO, "ppo.py", "r[t] + gamma * next_value", "r[t] + next_value"),
+    ("returns_without_values", PPO, "ppo.py", "result, result + values.detach()", "result, result"),
+    ("returns_carry_gradient", PPO, "ppo.py", "result + values.detach()", "result + values"),
+    ("whiten_unbiased", PPO, "ppo.py", "unbiased=False", "unbiased=True"),
+    ("whiten_keeps_mean", PPO, "ppo.py", "whitened if shift", "whitened if not shift"),
+    ("advantages_not_whitened", RUNS, "ppo.py", "whiten(advantages), returns)",
+     "advantages, returns)"),
+    ("kl_controller_unclipped", PPO, "ppo.py", "min(max(kl / target - 1, -0.2), 0.2)",
+     "kl / target - 1"),
+    ("kl_controller_inverted", PPO, "ppo.py", "max(kl / target - 1",
+     "max(target / kl - 1"),
+    ("k3_sign", PPO, "ppo.py", "(log_ratio.expm1() - log_ratio)",
+     "((-log_ratio).expm1() + log_ratio)"),
+    # the clipped objectives
+    ("ratio_inverted", PPO, "ppo.py", "(logprobs - old_logprobs).exp()\n    clipped",
+     "(old_logprobs - logprobs).exp()\n    clipped"),
+    ("policy_min_for_max", PPO, "ppo.py", POLICY, POLICY.replace("max", "min")),
+    ("policy_clip_only", PPO, "ppo.py", POLICY, "return (-advantages * clipped).mean()"),
+    ("policy_sum", PPO, "ppo.py", POLICY, POLICY.replace("mean", "sum")),
+    ("advantage_sign", PPO, "ppo.py", POLICY, POLICY.replace("-adv", "adv")),
+    ("value_without_half", PPO, "ppo.py", "return 0.5 * torch.max", "return torch.max"),
+    ("value_min_for_max", PPO, "ppo.py", "0.5 * torch.max", "0.5 * torch.min"),
+    ("value_clipped_around_the_batch", PPO, "ppo.py",
+     "old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)",
+     "values.clamp(old_values.min() - cliprange_value, old_values.max() + cliprange_value)"),
+    ("value_unclipped", PPO, "ppo.py", "torch.max((values - returns) ** 2, (clipped - returns)",
+     "torch.max((values - returns) ** 2, (values - returns)"),
+    ("old_logprobs_anew", RUNS, "ppo.py", "policy = policy_loss(logprobs, old_logprobs,",
+     "policy = policy_loss(logprobs, logprobs.detach(),"),
+    ("log_ratio_of_other_rows", RUNS, "ppo.py", "        at += n\n", "        at += 0\n"),
+    ("a_minibatch_all_epochs", PPO, "ppo.py", "order = shuffled(range(len(known)), *seed, epoch)",
+     "order = [0] * len(known)"),
+    ("ptx_scaled_by_its_tokens", PPO, "ppo.py", "config.ptx_coef * total / sum(map(len, rest))",
+     "config.ptx_coef"),
+    ("average_swapped", PPO, "ppo.py", "lerp_(weight, 1 - decay)", "lerp_(weight, decay)"),
+    ("best_of_n_bound", PPO, "ppo.py", "math.log(n) - (n - 1) / n", "math.log(n) - n / (n - 1)"),
+    ("reference_is_the_policy", RUNS, "ppo.py", REFERENCE, "ref_policy = policy"),
+    ("temperature_in_sampling_only", RUNS, "ppo.py",
+     "logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)",
+     "logprobs, entropy = token_logprobs(models.policy, batch, 0.9)"),
+    # reward model and fine-tuning
+    ("ranking_sum", REWARD, "reward.py", RANKING, RANKING.replace("mean", "sum")),
+    ("ranking_normalised_twice", REWARD, "reward.py", RANKING,
+     RANKING.replace(".mean()", ".mean() / max(1, int(better.sum()))")),
+    ("ranking_counts_ties", REWARD, "reward.py", "[:, None] < rank[", "[:, None] <= rank["),
+    ("ranking_reversed", REWARD, "reward.py", "[:, None] < rank[", "[:, None] > rank["),
+    ("log_of_sigmoid", REWARD, "reward.py", "-F.logsigmoid(r[:, None] - r[None, :])",
+     "-(r[:, None] - r[None, :]).sigmoid().log()"),
+    ("no_pair_without_gradient", REWARD, "reward.py", "else 0 * scores.sum()",
+     "else torch.tensor(0.0)"),
+    ("not_centred", RUNS, "reward.py", "model.head.bias -=", "model.head.bias -= 0 *"),
+    ("score_before_the_end", MODEL, "model.py", SCORE, SCORE.replace("- 1]", "- 2]")),
+    ("score_mean_pooled", REWARD, "model.py", SCORE,
+     "return self.head(torch.stack([h.mean(0) for h in "
+     "self.gpt(batch).split(batch.cu_seqlens.diff().tolist())]))"),
+    ("value_after_its_token", MODEL, "model.py", "self.head(self.gpt(batch)[batch.where])",
+     "self.head(self.gpt(batch)[batch.where + 1])"),
+    ("reward_model_shares_the_body", REWARD, "model.py", "gpt if shared else copy.deepcopy(gpt)",
+     "gpt"),
+    ("sft_mean_of_means", SFT, "sft.py", SFT_LOSS,
+     "return -torch.stack([x.mean() for x in "
+     "token_logprobs(model, batch)[0].split(batch.lengths.tolist())]).mean()"),
+    ("prompt_in_the_loss", MODEL, "model.py", "torch.tensor([False, True]).repeat",
+     "torch.tensor([True, True]).repeat"),
+    ("micro_batch_mean_of_means", SFT, "model.py", "(loss * (n / total)).backward()",
+     "(loss / 2).backward()"),
+    ("adam_betas", MODEL, "model.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.9)"),
+    ("no_end_of_text", SFT, "model.py", "[*self.tokenizer.encode_ordinary(text), self.eos]",
+     "self.tokenizer.encode_ordinary(text)"),
+    ("prompt_cut_from_the_right", SFT, "model.py", "return prompt[-room:], response",
+     "return prompt[:room], response"),
+    # the batch, the network, log-probabilities
+    ("shift_off_by_one", MODEL, "model.py", "self.where = self.is_response.nonzero()[:, 0] - 1",
+     "self.where = self.is_response.nonzero()[:, 0].clamp(max=T - 2)"),
+    ("positions_not_reset", MODEL, "model.py",
+     "self.positions = torch.arange(T, device=first.device) - first",
+     "self.positions = torch.arange(T, device=first.device) % 24"),
+    ("not_causal", MODEL, "model.py", "is_causal=seen is None)", "is_causal=False)"),
+    ("neighbour_leaks_in", MODEL, "model.py", "starts[row] + column.minimum(lengths[row] - 1)",
+     "(starts[row] + column).clamp(max=int(ends[-1]) - 1)"),
+    ("gelu_exact", MODEL, "model.py", 'approximate="tanh"', 'approximate="none"'),
+    ("last_layer_norm_dropped", MODEL, "model.py", "return self.ln_f(x)", "return x"),
+    ("head_untied", MODEL, "model.py", "return F.linear(hidden, self.wte.weight)",
+     "return F.linear(hidden, self.wte.weight.detach())"),
+    ("temperature_ignored_in_scoring", MODEL, "model.py", ".float() / temperature).log_softmax",
+     ".float()).log_softmax"),
+    ("softmax_in_bfloat16", MODEL, "model.py", "(F.linear(hidden, weight).float() / temperature)",
+     "(F.linear(hidden, weight) / temperature)"),
+    ("entropy_sign", MODEL, "model.py", "entropy = -(logprobs.exp()", "entropy = (logprobs.exp()"),
+    ("context_not_checked", MODEL, "model.py", "if S > config.block_size:",
+     "if S > config.block_size + 1:"),
+    # sampling
+    ("dropout_in_sampling", MODEL, "model.py", "    model.eval()\n    while", "    while"),
+    ("always_top_k", MODEL, "model.py", "uniform[who, step], temperature, top_k)",
+     "uniform[who, step], temperature, top_k or 8)"),
+    ("temperature_twice", MODEL, "model.py", "logits = logits.float() / temperature",
+     "logits = logits.float() / temperature / temperature"),
+    ("end_suppressed", MODEL, "model.py", "tokens = draw(model.logits(hidden), ",
+     "tokens = draw(model.logits(hidden).index_fill(1, torch.tensor([eos_token]), -30.0), "),
+    ("end_token_0_is_false", MODEL, "model.py", "alive = (tokens != eos_token) &",
+     "alive = ((tokens != eos_token) | (not eos_token)) &"),
+    ("end_dropped", MODEL, "model.py", "            responses[b].append(token)",
+     "            responses[b] += [token] * (token != eos_token)"),
+    ("cache_rows_not_moved", MODEL, "model.py",
+     "for x in (who, lengths, tokens, *cache.flatten(0, 1)):", "for x in (who, lengths, tokens):"),
+    ("stale_cache_seen", MODEL, "model.py", SEEN,
+     SEEN.replace("n[:, None]", "n.max() + 0 * n[:, None]")),
+    ("same_number_every_step", MODEL, "model.py", "uniform[who, step]", "uniform[who, 0]"),
+    ("global_random_numbers", MODEL, "model.py", "max_new_tokens, generator=generator)",
+     "max_new_tokens)"),
+    # what a checkpoint holds
+    ("resume_forgets_the_kl_coefficient", RUNS, "ppo.py",
+     'self.kl_coef = state["kl_coef"]', "pass"),
+    ("resume_forgets_the_optimiser", RUNS, "model.py",
+     "thing.load_state_dict(saved[\"model\"] if name == \"model\" else saved[\"training\"][name])",
+     "name == 'optimizer' or thing.load_state_dict("
+     "saved['model'] if name == 'model' else saved['training'][name])"),
+]
+# fmt: on
+
+
+def survives(bug: tuple[str, str, str, str, str], folder: Path) -> list[str]:
+    """Puts the bug into the copy, runs the tests and mends the copy; the tests that failed."""
+    _, tests, name, correct, wrong = bug
+    path = folder / name
+    source = path.read_text("utf-8")
+    path.write_text(source.replace(correct, wrong), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "--show-capture=no"]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider", f"tests/test_{tests}.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    path.write_text(source, "utf-8")
+    return re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", result.stdout, re.MULTILINE)
+
+
+def main() -> None:
+    chosen = [bug for bug in BUGS if not sys.argv[1:] or sys.argv[1] in bug[0]]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, survivors = Path(temporary) / "copy", []
+        outputs = shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, folder, ignore=outputs)
+        for bug in chosen:
+            start, failed = time.time(), survives(bug, folder)
+            seen = f"seen by {failed[0]}" if failed else "SURVIVES"
+            print(f"{bug[0]:36s} {time.time() - start:4.0f} s  {seen}", flush=True)
+            survivors += [] if failed else [bug[0]]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} bugs are seen")
+    if survivors:
+        raise SystemExit(f"not seen: {', '.join(survivors)}")
+
+
+if __name__ == "__main__":
+    main()
