@@ -69,14 +69,14 @@ class Config(RunConfig):
     merge: str = ""  # .jsonl of earlier comparisons to train on as well
     policy: str = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: str = "toy"  # what it answers: toy, or a .jsonl file of prompts
-    toy_prompts: int = 1400  # how many toy prompts
+    toy_prompts: int = 2800  # how many toy prompts
     responses: int = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: float = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: int = 80  # longest response
     temperature: float = 1.0  # of sampling
     # the training
     demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
-    epochs: int = 3  # passes over the comparisons (InstructGPT: 1, over more of them)
+    epochs: int = 2  # passes over the comparisons (InstructGPT: 1)
     batch_size: int = 4  # prompts a step, with all their responses
     lr: float = 1e-3  # peak learning rate
     held_out: float = 0.1  # share of the prompts that only measures accuracy

@@ -74,7 +74,7 @@ class Config(RunConfig):
     epochs: int = 2  # passes over the demonstrations, as InstructGPT's start of PPO
     batch_size: int = 32  # demonstrations a step
     lr: float = 1.5e-3  # peak learning rate
-    pretrain_mix: float = 0.0  # documents per demonstration, mixed in (InstructGPT C.3: 0.1)
+    pretrain_mix: float = 0.1  # documents per demonstration, mixed in (InstructGPT C.3: 0.1)
     dropout: float = 0.0  # on residual branches; the paper's 16-epoch baselines use 0.2
     reward_model: str = ""  # folder of a reward model: keep the epoch whose answers it scores best
     held_out: float = 0.03  # share of documents and demonstrations that only measures the loss
@@ -218,7 +218,7 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
             pairs.append(fit(prompt, response, model.config.block_size))
     if len(pairs) < len(rows):
         print(f"{len(rows) - len(pairs)} responses longer than the context are left out")
-    if config.pretrain_mix:
+    if config.texts != "toy" or config.demonstrations == "toy":  # no toys among real ones
         pages = documents(pretraining_texts(config), codec, model.config.block_size)
         pairs += pages[: round(config.pretrain_mix * len(pairs))]
     state = {"model": model, "optimizer": adam([(model, config.lr)])}

@@ -1,6 +1,7 @@
 """Runs the toy pipeline for several seeds and prints one table of all: the README's numbers.
 
-    python tests/seeds.py 11 12 13        # into out/seed11, ...; finished seeds are not run again
+    python tests/seeds.py 11 12 13             # into out/seed11, ...; what is finished stays
+    python tests/seeds.py --variants 11 12 13  # also PPO-ptx, a second round, 16 epochs of SFT
 
 A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds. The gold
 score of each seed stands in brackets.
@@ -12,23 +13,54 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = ("gold", "win_rate", "score", "kl", "length", "eos_rate", "pretraining_loss")
+COLUMNS = ("gold", "win_rate", "score", "kl", "length", "eos_rate", "repetition")
+COLUMNS += ("distinct_2", "pretraining_loss")
 PARTS = tuple(f"gold/{part}" for part in ("form", "mood", "subject", "variety", "ending", "length"))
+
+
+LAST = {"sft.py": "samples.txt", "reward.py": "report.json", "ppo.py": "results.json"}
+FOLDERS = {  # flag: folder, for each script
+    "sft.py": {"base": "base"},
+    "reward.py": {"sft": "sft", "init": "base"},
+    "ppo.py": {"base": "base", "sft": "sft", "reward_model": "reward"},
+}
+PTX_COEF = 1.0
+BETAS = (0.05, 0.1, 0.4, 0.8)  # for the first seed only: one figure shows them
+
+
+def stage(out: Path, script: str, folder: str, *switches: str, **flags: object) -> None:
+    """Runs a script into a folder, unless that has been done."""
+    if not (out / folder / LAST[script]).exists():
+        values = {flag: out / name for flag, name in FOLDERS[script].items()} | flags
+        given = [f"--{flag}={value}" for flag, value in values.items()]
+        seed = f"--seed={out.name.removeprefix('seed')}"
+        command = [sys.executable, ROOT / script, seed, f"--out={out / folder}", *given, *switches]
+        subprocess.run(command, check=True)
 
 
 def run(seed: str) -> Path:
     """The folder with the results of this seed."""
     out = Path("out") / f"seed{seed}"
-    folders = {name: f"--{name}={out / name}" for name in ("base", "sft")}
-    stages = (
-        ("sft.py", f"--out={out / 'sft'}", folders["base"]),
-        ("reward.py", f"--out={out / 'reward'}", folders["sft"]),
-        ("ppo.py", f"--out={out / 'ppo'}", f"--reward_model={out / 'reward'}", *folders.values()),
-    )
-    if not (out / "ppo" / "results.json").exists():
-        for script, *flags in stages:
-            subprocess.run([sys.executable, ROOT / script, f"--seed={seed}", *flags], check=True)
-    return out
+    stage(out, "sft.py", "sft")
+    stage(out, "reward.py", "reward")
+    stage(out, "ppo.py", "ppo")
+    return out / "ppo"
+
+
+def run_variants(seed: str, betas: tuple[float, ...]) -> Path:
+    """The folder with the comparison of the variants."""
+    out = run(seed).parent
+    earlier, short = out / "reward" / "comparisons.jsonl", "--no-ablation"
+    stage(out, "ppo.py", "ppo_ptx", short, ptx_coef=PTX_COEF)
+    stage(out, "reward.py", "reward2", policy=out / "ppo", merge=earlier)
+    stage(out, "ppo.py", "ppo2", short, init=out / "ppo", reward_model=out / "reward2")
+    long = {"epochs": 16, "dropout": 0.2, "reward_model": out / "reward"}
+    stage(out, "sft.py", "sft16", init=out / "base", **long)
+    for beta in betas:
+        stage(out, "ppo.py", f"ppo_beta{beta}", short, kl_coef=beta)
+    names = ("ppo", "ppo_no_kl", "ppo_ptx", "ppo2", "sft16")
+    stage(out, "ppo.py", "compare", compare=",".join(str(out / name) for name in names))
+    return out / "compare"
 
 
 def cell(rows: list[dict], column: str) -> str:
@@ -54,10 +86,14 @@ def table(results: list[list[dict]], columns: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    folders = [run(seed) for seed in sys.argv[1:] or sys.exit(__doc__)]
-    results = [json.loads((out / "ppo" / "results.json").read_text())["rows"] for out in folders]
+    seeds = [seed for seed in sys.argv[1:] if seed != "--variants"] or sys.exit(__doc__)
+    if "--variants" in sys.argv:
+        folders = [run_variants(s, BETAS if s == seeds[0] else ()) for s in seeds]
+    else:
+        folders = [run(seed) for seed in seeds]
+    results = [json.loads((folder / "results.json").read_text())["rows"] for folder in folders]
     print(table(results, COLUMNS), table(results, PARTS), sep="\n\n")
-    reports = [json.loads((out / "reward" / "report.json").read_text()) for out in folders]
+    reports = [json.loads((f.parent / "reward" / "report.json").read_text()) for f in folders]
     for name in reports[0]["pairs"]:
         shares = [report["pairs"][name][0] for report in reports]
         print(f"{name}: " + " / ".join(f"{share:.3f}" for share in shares))
