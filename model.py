@@ -22,9 +22,11 @@ import json
 import math
 import pickle
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,10 @@ from tqdm import tqdm
 from data.records import printable, write_atomically
 from data.tokenizer import from_state, get_tokenizer, hugging_face_files, to_state
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 try:
     import triton
     import triton.language as tl
@@ -862,6 +868,20 @@ def generate(
 # The harness the stages share: skip on first reading
 
 
+RANGES = {  # of flags; else floats are at least 0, and so are integers whose default is 0, others 1
+    "gamma": (0, 1),
+    "lam": (0, 1),
+    "ema_decay": (0, 1),
+    "dropout": (0, 0.99),
+    "held_out": (0, 0.9),
+    "temperature": (0.01, 100),
+    "responses": (2, 1000),
+    "eval_prompts": (2, math.inf),  # an interval needs two
+    "iterations": (0, math.inf),
+    "warmup": (0, math.inf),
+}
+
+
 @dataclass
 class RunConfig:
     """The flags of every stage; a field's trailing comment is its --help."""
@@ -872,6 +892,15 @@ class RunConfig:
     max_tokens: int = 16384  # tokens in one network pass: lower it when memory runs out
     save_every: int = 100  # steps between checkpoints
     resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and field.name not in ("seed", "missing_eos_score"):
+                least = 1 if field.type is int and field.default > 0 else 0
+                low, high = RANGES.get(field.name, (least, math.inf))
+                if not (low <= value <= high and value < math.inf):
+                    raise ValueError(f"--{field.name} {value}: expected a number, {low} to {high}")
 
 
 Presets = dict[str, dict[str, Any]]  # name: {field: default}
@@ -909,15 +938,28 @@ def command(main: Callable[[Any], Any], config_class: type, presets: Presets) ->
     """Runs a program from the command line; a wrong value or file is one line and exit status 2."""
     try:
         main(parse(config_class, presets))
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved is whole, and --resume continues it", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:  # torch's own, on a GPU and on a CPU
+        if "memory" not in str(error):
+            raise
+        line = str(error).splitlines()[0]
+        print(f"error: {line:.200}; lower --max_tokens, then --batch_size", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not to be had here: {line:.100}") from None
 
 
 def precision(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
@@ -1018,7 +1060,10 @@ def optimizer_step(
     groups = optimizer.param_groups
     norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
     if not all(map(math.isfinite, (loss_sum, *norms))):
-        raise ValueError(f"loss {loss_sum}, gradient norm {norms}; try a lower learning rate")
+        raise ValueError(
+            f"loss {loss_sum}, gradient norms {norms}: the weights are left as they were; "
+            "a new run needs a lower learning rate, or other data"
+        )
     for group in groups:
         group["lr"] = group["peak_lr"] * lr
     optimizer.step()
@@ -1117,6 +1162,41 @@ def unpickle(path: Path) -> dict:
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
+LOCKS: dict[Path, Any] = {}  # open files: a lock ends with its process
+
+
+def lock(folder: str | Path) -> None:
+    """Makes the folder and keeps other processes out of it; ValueError if another one has it."""
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl and folder not in LOCKS:
+        LOCKS[folder] = open(folder / ".lock", "ab")
+        try:
+            fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOCKS.pop(folder).close()
+            raise ValueError(f"{folder} is in use by another run; choose another --out") from None
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, a first Ctrl-C or SIGTERM is only noted, so that the step can end; a second acts."""
+    caught: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _) -> None:
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """A stage's folder: config.json, metrics.jsonl, samples.txt and an exact checkpoint.pt.
 
@@ -1129,7 +1209,7 @@ class Run:
         self.stage, self.config, self.folder = stage, config, Path(folder)
         self.gpt, self.codec, self.state = gpt, codec, state
         self.step, self.metrics = 0, {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         self.files = [self.folder / "metrics.jsonl", self.folder / "samples.txt"]
         resumed = config.resume and (self.folder / "checkpoint.pt").exists()
         sizes = self._restore() if resumed else [0] * len(self.files)
@@ -1170,16 +1250,21 @@ class Run:
     def steps(self, total: int) -> Iterator[int]:
         """The steps that remain, behind a progress bar; what a step logs is written as it ends."""
         bar = tqdm(range(self.step, total), self.stage, total, initial=self.step)
-        for step in bar:
-            self.metrics = {"step": step}
-            yield step
-            with open(self.files[0], "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.metrics) + "\n")
-            shown = [f"{name.split('/')[-1]} {self.metrics[name]:.3g}" for name in self.shown]
-            bar.set_postfix_str(", ".join(shown))
-            self.step = step + 1
-            if self.step % self.config.save_every == 0 or self.step == total:
-                self.save()
+        with stop_signals() as caught:
+            for step in bar:
+                self.metrics = {"step": step}
+                yield step
+                with open(self.files[0], "a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.metrics) + "\n")
+                shown = [f"{name.split('/')[-1]} {self.metrics[name]:.3g}" for name in self.shown]
+                bar.set_postfix_str(", ".join(shown))
+                self.step = step + 1
+                if self.step % self.config.save_every == 0 or self.step == total or caught:
+                    self.save()
+                if caught:
+                    done = f"{self.folder}: saved after step {self.step} of {total}"
+                    print(f"\n{done}; --resume continues", file=sys.stderr)
+                    raise SystemExit(128 + caught[0])
 
     def log(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
         """Metrics of this step, for metrics.jsonl; the shown ones stand behind the bar."""

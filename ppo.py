@@ -49,6 +49,7 @@ from model import (
     generate,
     generator,
     load_checkpoint,
+    lock,
     lr_schedule,
     mean_and_interval,
     optimizer_step,
@@ -771,7 +772,7 @@ def write_results(config: Config, results: dict, contest: Contest, answers: dict
         for name, (tokens, _) in answers.items():
             blocks.append(f"[{name}] {contest.codec.text(tokens[i])}")
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     for name, content in (
         ("results.json", json.dumps(results, indent=1)),
         ("comparison.txt", printable("\n\n".join(blocks) + "\n")),

@@ -47,6 +47,7 @@ from model import (
     fit,
     generate,
     generator,
+    lock,
     lr_schedule,
     optimizer_step,
     pack,
@@ -154,6 +155,7 @@ def ranked(config: Config) -> list[dict]:
         raise ValueError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
     if config.labeler == "file" and not config.comparisons:
         raise ValueError("--labeler file needs the file: --comparisons <path>")
+    lock(config.out)
     path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
     if config.labeler == "human":
         rank_by_hand(config)

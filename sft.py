@@ -218,7 +218,8 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
             pairs.append(fit(prompt, response, model.config.block_size))
     if len(pairs) < len(rows):
         print(f"{len(rows) - len(pairs)} responses longer than the context are left out")
-    if config.texts != "toy" or config.demonstrations == "toy":  # no toys among real ones
+    real = config.demonstrations != "toy" and config.texts == "toy"  # then no toys are mixed in
+    if config.pretrain_mix and not real:
         pages = documents(pretraining_texts(config), codec, model.config.block_size)
         pairs += pages[: round(config.pretrain_mix * len(pairs))]
     state = {"model": model, "optimizer": adam([(model, config.lr)])}

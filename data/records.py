@@ -252,10 +252,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())  # a crash after the renaming must not leave an empty file
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # nor may it undo the renaming
-        finally:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)

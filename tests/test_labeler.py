@@ -28,9 +28,7 @@ def test_a_ranking_by_hand(typed, ranks):
     assert parse_ranking(typed, 3) == ranks
 
 
-@pytest.mark.parametrize(
-    "typed", ["", "a b", "a b b", "a b c d", "a b x", "abc", "= a b c"]
-)
+@pytest.mark.parametrize("typed", ["", "a b", "a b b", "a b c d", "a b x", "abc", "= a b c"])
 def test_what_is_no_ranking_is_refused(typed):
     with pytest.raises(ValueError, match="expected each of a, b, c once"):
         parse_ranking(typed, 3)

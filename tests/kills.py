@@ -1,0 +1,119 @@
+"""Kills training at random instants until it has finished, and compares with a run left alone.
+
+    python tests/kills.py 100      # at least so many kills over the three stages; about ten minutes
+
+Weights, optimiser, random numbers, metrics and samples have to be the same to the last bit.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--save_every=3", "--seed=5"]
+SFT = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--toy_texts=60", "--toy_demonstrations=90"]
+SFT += ["--batch_size=8", "--base=base", "--out=sft"]
+REWARD = ["--toy_prompts=12", "--responses=3", "--max_new_tokens=10", "--sft=sft", "--init=base"]
+REWARD += ["--epochs=4", "--out=reward"]
+PPO = ["--sft=sft", "--base=base", "--reward_model=reward", "--trust", "--iterations=8"]
+PPO += ["--batch_size=8", "--minibatch_size=4", "--max_new_tokens=10", "--eval_prompts=4"]
+PPO += ["--kl_target=3", "--out=ppo"]
+STAGES = {"sft.py": SFT, "reward.py": REWARD, "ppo.py": PPO}
+
+
+def start(script: str, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / script), *TINY, *STAGES[script], "--resume"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=folder, **quiet)
+
+
+def left(folder: Path) -> dict[str, object]:
+    """All that the runs in this folder have left, but for times."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in x.items() if k != "tokens_per_second"} for x in lines]
+        elif path.name == "results.json":
+            found[name] = json.loads(path.read_text()) | {"seconds": 0}
+        elif path.name == "checkpoint.pt":
+            saved = torch.load(path, weights_only=True)
+            times = [saved.pop("sizes")] + [saved["metrics"].pop("tokens_per_second", 0)]
+            found[name] = fingerprint(saved) if times else None
+        elif path.is_file() and path.name != ".lock":
+            found[name] = path.read_bytes()
+    return found
+
+
+def fingerprint(value: object) -> object:
+    """The value with every tensor as bytes, so that == compares bits."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: fingerprint(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(inner) for inner in value]
+    return value
+
+
+def kill_until_done(script: str, folder: Path, longest: float, rng: random.Random) -> int:
+    """Runs a stage to its end, in attempts that mostly last less than `longest` seconds."""
+    kills = 0
+    while True:
+        process = start(script, folder)
+        try:
+            status = process.wait(timeout=rng.uniform(0.3, 1.15) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            continue
+        if status:
+            raise SystemExit(f"{script} ended with status {status} after {kills} kills")
+        return kills
+
+
+def trial(folder: Path, expected: Path, longest: dict[str, float], rng: random.Random) -> int:
+    """Kills all three stages on their way; SystemExit names the files that differ in the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    kills = sum(kill_until_done(script, folder, longest[script], rng) for script in STAGES)
+    ours, theirs = left(folder), left(expected)
+    wrong = [name for name in theirs.keys() | ours.keys() if ours.get(name) != theirs.get(name)]
+    if wrong:
+        raise SystemExit(f"after {kills} kills these differ: {', '.join(sorted(wrong))}")
+    return kills
+
+
+def run_alone(folder: Path) -> dict[str, float]:
+    """Runs all stages without a kill; the seconds that each takes."""
+    folder.mkdir()
+    seconds = {}
+    for script in STAGES:
+        began = time.time()
+        if status := start(script, folder).wait():
+            raise SystemExit(f"{script} ended with status {status}, left alone")
+        seconds[script] = time.time() - began
+    return seconds
+
+
+def main(kills: int) -> int:
+    with tempfile.TemporaryDirectory() as temporary:
+        longest, done, trials = run_alone(Path(temporary) / "alone"), 0, 0
+        while done < kills:
+            rng, trials = random.Random(trials), trials + 1
+            done += trial(Path(temporary) / "killed", Path(temporary) / "alone", longest, rng)
+            print(f"{done} kills in {trials} passes over the stages: not a bit differs", flush=True)
+    return done
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else 100)
