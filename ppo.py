@@ -78,7 +78,7 @@ class Config(RunConfig):
     lr: float = 6e-4  # peak learning rate of the policy
     value_lr: float = 1e-3  # peak learning rate of the value model
     warmup: int = 5  # iterations until the learning rates peak; then cosine to a tenth
-    kl_coef: float = 0.2  # weight of the KL penalty (InstructGPT's beta, there 0.02)
+    kl_coef: float = 0.3  # weight of the KL penalty (InstructGPT's beta, there 0.02)
     kl_target: float = 0.0  # nats a response: adapt kl_coef to reach this KL; 0 leaves it fixed
     kl_horizon: int = 10000  # episodes in which an adaptive kl_coef changes by a factor e at most
     gamma: float = 1.0  # discount per token

@@ -24,7 +24,7 @@ FOLDERS = {  # flag: folder, for each script
     "reward.py": {"sft": "sft", "init": "base"},
     "ppo.py": {"base": "base", "sft": "sft", "reward_model": "reward"},
 }
-PTX_COEF = 1.0
+PTX_COEF = 1
 BETAS = (0.05, 0.1, 0.4, 0.8)  # for the first seed only: one figure shows them
 
 

@@ -1,22 +1,29 @@
 """The three stages in miniature, called in-process: each improves the number it is there for."""
 
+import dataclasses
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import kills
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ppo
 import reward
 import sft
 from data import labeler, toy
 from data.records import load_comparisons, load_demonstrations, save_records
-from model import GPT, Codec, Run, ScalarModel, load_checkpoint
+from model import GPT, Codec, Run, ScalarModel, adam, load_checkpoint, optimizer_step, parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -442,3 +449,99 @@ def test_every_flag_is_explained(script, tmp_path):
     module = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}[script]
     for name in module.Config.__dataclass_fields__:
         assert f"--{name}" in result.stdout
+
+
+# ---- what must not be lost
+
+
+def test_kills_at_random_instants_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(kills.tempfile, "tempdir", str(tmp_path))
+    assert kills.main(6) >= 6
+
+
+def until_a_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    while not (folder / "base/checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(number, tmp_path):
+    flags = ["--n_embd=16", "--n_layer=1", "--n_head=1", "--save_every=5", "--toy_texts=3000"]
+    flags += ["--base=base"]
+    command = [sys.executable, str(ROOT / "sft.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until_a_checkpoint(process, tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume continues" in errors and "Traceback" not in errors
+    step = load_checkpoint(tmp_path / "base")["step"]
+    assert len(metrics(tmp_path / "base")) == step > 5
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    flags = ["--n_embd=16", "--n_layer=1", "--n_head=1", "--save_every=5", "--toy_texts=3000"]
+    flags += ["--base=base"]
+    command = [sys.executable, str(ROOT / "sft.py"), *flags]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        until_a_checkpoint(first, tmp_path)
+        second = run("sft.py", *flags, cwd=tmp_path)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2 and "is in use by another run" in second.stderr
+
+
+@pytest.mark.parametrize("cut", [0, 100, 0.5, 0.999])
+def test_a_damaged_checkpoint_is_one_line(cut, fine_tuned, out, tmp_path):
+    content = (out / "sft/checkpoint.pt").read_bytes()
+    end = cut if isinstance(cut, int) else int(cut * len(content))
+    (tmp_path / "checkpoint.pt").write_bytes(content[:end])
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(fine_tuned, sft_config, out, monkeypatch, tmp_path):
+    def full(saved, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    shutil.copytree(out / "sft", tmp_path / "sft")
+    before = (tmp_path / "sft/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    config = replace(sft_config, init=str(out / "base"), out=str(tmp_path / "sft"))
+    with pytest.raises(OSError, match="No space left"):
+        sft.main(config)
+    assert (tmp_path / "sft/checkpoint.pt").read_bytes() == before
+    assert not [path for path in (tmp_path / "sft").iterdir() if "checkpoint.pt." in path.name]
+
+
+def test_a_value_that_is_not_finite_stops_before_the_weights_change(fine_tuned, out):
+    gpt = GPT.load(out / "sft")
+    before = {name: weight.clone() for name, weight in gpt.state_dict().items()}
+    optimizer = adam([(gpt, 1e-3)])
+    loss = next(gpt.parameters()).sum() * math.nan
+    with pytest.raises(ValueError, match="loss nan, gradient norms .*: the weights are left"):
+        optimizer_step(optimizer, [(loss, 1)], 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in gpt.state_dict().items())
+
+
+def flags_of(config_class: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config_class) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("stage", [sft, reward, ppo])
+@settings(max_examples=70, deadline=None)
+@given(data=st.data())
+def test_a_number_out_of_range_is_one_line(stage, data):
+    """Every numeric flag refuses what it cannot be; -1 is a seed, and nan a missing_eos_score."""
+    field = data.draw(st.sampled_from(flags_of(stage.Config)))
+    bad = ["x", "", "1e", "0x1", "1,5"]
+    if field.name != "missing_eos_score":
+        bad += ["nan", "inf", "-inf", "-7.5"] + ["-1"] * (field.name != "seed")
+    value = data.draw(st.sampled_from(bad))
+    with pytest.raises((SystemExit, ValueError)) as error:
+        parse(stage.Config, stage.PRESETS, [f"--{field.name}={value}"])
+    assert error.type is ValueError or error.value.code == 2  # argparse's own line
