@@ -98,6 +98,7 @@ class Config(RunConfig):
     texts: str = "toy"  # the documents: toy, .txt, a folder of .txt, or .jsonl with {"text": ...}
     # the comparison
     ablation: bool = True  # also train without the KL penalty
+    check: bool = False  # train nothing: check these models, prompts, device and precision
     compare: str = ""  # folders of policies, with commas between them: compare, do not train
     eval_prompts: int = 300  # held-out prompts of the comparison
     judge: str = "gold"  # gold: the rubric, where there is one; human: and you, blind
@@ -803,6 +804,8 @@ def cell(mean: float | None, half_width: float | None) -> str:
 @precision
 def main(config: Config) -> dict:
     started = time.time()
+    if config.check:
+        return self_check(config)
     if config.compare:
         policies = load_policies(config)
     else:
@@ -813,6 +816,12 @@ def main(config: Config) -> dict:
     rows = compare(config, policies, started)
     print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
     return {row["model"]: row for row in rows}
+
+
+def self_check(config: Config) -> dict:
+    """tests/self_check.py on this configuration; exit status 2 if a check fails."""
+    path = Path(__file__).with_name("tests") / "self_check.py"
+    return runpy.run_path(str(path))["main"](config)
 
 
 def load_policies(config: Config) -> dict[str, GPT]:
