@@ -18,15 +18,17 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
+import os
 import pickle
 import re
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -937,7 +939,11 @@ def parse(config_class: type, presets: Presets, argv: list[str] | None = None) -
 def command(main: Callable[[Any], Any], config_class: type, presets: Presets) -> None:
     """Runs a program from the command line; a wrong value or file is one line and exit status 2."""
     try:
-        main(parse(config_class, presets))
+        config = parse(config_class, presets)
+        if "RANK" in os.environ:  # torchrun has started us
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        with redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()):
+            main(config)
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved is whole, and --resume continues it", file=sys.stderr)
         raise SystemExit(130) from None
@@ -955,6 +961,8 @@ def command(main: Callable[[Any], Any], config_class: type, presets: Presets) ->
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -1027,6 +1035,46 @@ def batches(prompts: list[list[int]], responses: list[list[int]], config: RunCon
         yield pack([prompts[b] for b in part], [responses[b] for b in part], device)
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process among those that torchrun has started, and their number."""
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
+
+
+def my_place(*place: int | str) -> tuple[int | str, ...]:
+    """A place for random numbers that differ between processes."""
+    rank, _ = rank_and_world()
+    return (*place, rank) if rank else place
+
+
+def my_share(items: Sequence) -> Sequence:
+    """This process's part of what all have: consecutive, and the parts in order are the whole."""
+    rank, world = rank_and_world()
+    return items[rank * len(items) // world : (rank + 1) * len(items) // world]
+
+
+def all_shares(mine: Any) -> list:
+    """What every process calls with, in order, for all of them."""
+    rank, world = rank_and_world()
+    shares = [mine] * world
+    if world > 1:
+        torch.distributed.all_gather_object(shares, mine)
+    return shares
+
+
+def add_up(loss: float, parameters: list[nn.Parameter]) -> float:
+    """Sums gradients and loss over the processes, each of which has seen its share of the batch."""
+    if rank_and_world()[1] > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad.copy_(part.view_as(p))
+    return sum(all_shares(loss))
+
+
 def adam(models: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
     """One optimiser for all (model, peak learning rate): InstructGPT's betas, no weight decay."""
     groups = [{"params": list(m.parameters()), "lr": lr, "peak_lr": lr} for m, lr in models]
@@ -1058,6 +1106,7 @@ def optimizer_step(
         (loss * (n / total)).backward()
         loss_sum += loss.item() * n / total
     groups = optimizer.param_groups
+    loss_sum = add_up(loss_sum, [p for group in groups for p in group["params"]])
     norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
     if not all(map(math.isfinite, (loss_sum, *norms))):
         raise ValueError(
@@ -1169,7 +1218,7 @@ def lock(folder: str | Path) -> None:
     """Makes the folder and keeps other processes out of it; ValueError if another one has it."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl and folder not in LOCKS:
+    if fcntl and folder not in LOCKS and rank_and_world()[0] == 0:
         LOCKS[folder] = open(folder / ".lock", "ab")
         try:
             fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1209,10 +1258,13 @@ class Run:
         self.stage, self.config, self.folder = stage, config, Path(folder)
         self.gpt, self.codec, self.state = gpt, codec, state
         self.step, self.metrics = 0, {}
+        self.first = rank_and_world()[0] == 0  # the process that writes
         lock(folder)
         self.files = [self.folder / "metrics.jsonl", self.folder / "samples.txt"]
         resumed = config.resume and (self.folder / "checkpoint.pt").exists()
         sizes = self._restore() if resumed else [0] * len(self.files)
+        if not self.first:
+            return
         for path, size in zip(self.files, sizes, strict=True):
             with open(path, "ab") as file:
                 file.truncate(size)  # what came after the checkpoint is done again
@@ -1233,6 +1285,11 @@ class Run:
         return saved["sizes"]
 
     def save(self) -> None:
+        if self.first:
+            self._write()
+        all_shares(None)  # nobody goes on to read what is not there yet
+
+    def _write(self) -> None:
         state = {name: thing.state_dict() for name, thing in self.state.items()}
         checkpoint = {
             "stage": self.stage,
@@ -1249,22 +1306,23 @@ class Run:
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that remain, behind a progress bar; what a step logs is written as it ends."""
-        bar = tqdm(range(self.step, total), self.stage, total, initial=self.step)
+        steps, quiet = range(self.step, total), not self.first
+        bar = tqdm(steps, self.stage, total, initial=self.step, disable=quiet)
         with stop_signals() as caught:
             for step in bar:
                 self.metrics = {"step": step}
                 yield step
-                with open(self.files[0], "a", encoding="utf-8") as file:
-                    file.write(json.dumps(self.metrics) + "\n")
+                self._append(self.files[0], json.dumps(self.metrics) + "\n")
                 shown = [f"{name.split('/')[-1]} {self.metrics[name]:.3g}" for name in self.shown]
                 bar.set_postfix_str(", ".join(shown))
                 self.step = step + 1
-                if self.step % self.config.save_every == 0 or self.step == total or caught:
+                stopped = any(all_shares(bool(caught)))  # all of them end, after the same step
+                if self.step % self.config.save_every == 0 or self.step == total or stopped:
                     self.save()
-                if caught:
+                if stopped:
                     done = f"{self.folder}: saved after step {self.step} of {total}"
                     print(f"\n{done}; --resume continues", file=sys.stderr)
-                    raise SystemExit(128 + caught[0])
+                    raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
 
     def log(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
         """Metrics of this step, for metrics.jsonl; the shown ones stand behind the bar."""
@@ -1273,8 +1331,12 @@ class Run:
 
     def sample(self, *lines: str) -> None:
         """A block of text for a person to read, appended to samples.txt."""
-        with open(self.files[1], "a", encoding="utf-8") as file:
-            file.write("\n".join(map(printable, lines)) + "\n\n")
+        self._append(self.files[1], "\n".join(map(printable, lines)) + "\n\n")
+
+    def _append(self, path: Path, text: str) -> None:
+        if self.first:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 # --------------------------------------------------------------------------------------------------

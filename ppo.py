@@ -43,6 +43,7 @@ from model import (
     RunConfig,
     ScalarModel,
     adam,
+    all_shares,
     batches,
     command,
     documents,
@@ -52,8 +53,11 @@ from model import (
     lock,
     lr_schedule,
     mean_and_interval,
+    my_place,
+    my_share,
     optimizer_step,
     precision,
+    rank_and_world,
     resolve_device,
     seed_of,
     shuffled,
@@ -339,17 +343,20 @@ def sample_and_score(
     kl_coef: float,
     seed: torch.Generator,
 ) -> Rollout:
-    eos, temperature = models.codec.eos, config.temperature
+    eos, temperature, mine = models.codec.eos, config.temperature, my_share(prompts)
     new = config.max_new_tokens
-    responses = generate(models.policy, prompts, new, eos, temperature, generator=seed)
+    sampled = generate(models.policy, mine, new, eos, temperature, generator=seed)
     parts = []
-    for batch in batches(prompts, responses, config):
+    for batch in batches(mine, sampled, config):
         # by the forward pass that also trains, so that the first ratio is exactly 1
         logprobs, _ = token_logprobs(models.policy, batch, temperature)
         ref_logprobs, _ = token_logprobs(models.ref_policy, batch, temperature)
         values, scores = models.value_model.values(batch), models.reward_model.score(batch)
         parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
-    lengths, scores, logprobs, ref_logprobs, values = map(torch.cat, zip(*parts, strict=True))
+    shares = all_shares((sampled, [torch.cat(x).cpu() for x in zip(*parts, strict=True)]))
+    responses = [tokens for share, _ in shares for tokens in share]
+    device, columns = models.policy.wte.weight.device, zip(*(x for _, x in shares), strict=True)
+    lengths, scores, logprobs, ref_logprobs, values = (torch.cat(x).to(device) for x in columns)
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
     if not math.isnan(config.missing_eos_score):
         scores = torch.where(ended == 1, scores, config.missing_eos_score)
@@ -376,7 +383,7 @@ def update(
         for i in range(0, len(order), config.minibatch_size):
             chosen = order[i : i + config.minibatch_size]
             total = sum(len(known[b]) for b in chosen)
-            losses = minibatch_losses(models, rollout, known, chosen, config, stats)
+            losses = minibatch_losses(models, rollout, known, my_share(chosen), config, stats)
             if config.ptx_coef:
                 n = math.ceil(config.ptx_ratio * len(chosen))
                 drawn = shuffled(models.documents, *seed, epoch, i, "ptx")[:n]
@@ -385,13 +392,19 @@ def update(
             _, norms = optimizer_step(optimizer, losses, total, lr)
             stats["grad_norm"].append(norms[0])
             stats["value/grad_norm"].append(norms[1])
-            if config.max_approx_kl and stats["policy/approx_kl"][-1] > config.max_approx_kl:
+            latest = {"approx_kl": stats["policy/approx_kl"][-1:]}
+            if config.max_approx_kl and means(latest)["approx_kl"] > config.max_approx_kl:
                 return means(stats)
     return means(stats)
 
 
 def means(stats: dict[str, list[float]]) -> dict[str, float]:
-    return {name: sum(values) / len(values) for name, values in stats.items()}
+    """Of all processes."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for share in all_shares(stats):
+        for name, values in share.items():
+            found[name] += values
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def minibatch_losses(
@@ -404,7 +417,7 @@ def minibatch_losses(
 ) -> Iterator[tuple[Tensor, int]]:
     """The loss of each micro-batch of the chosen responses, and its number of tokens."""
     prompts, responses = ([x[b] for b in chosen] for x in (rollout.prompts, rollout.responses))
-    rows, at = torch.cat([known[b] for b in chosen]), 0  # (n, 4)
+    rows, at = torch.cat([known[b] for b in chosen] or [known[0][:0]]), 0  # (n, 4)
     # no weight between two losses that share no parameter: Adam would take it out again
     vf_coef = config.vf_coef if config.value == "head" else 1.0
     for batch in batches(prompts, responses, config):
@@ -435,8 +448,8 @@ def ptx_losses(
 
     optimizer_step weighs a loss over n tokens by n / total, the responses' tokens; hence the ratio.
     """
-    first, rest = map(list, zip(*drawn, strict=True))
-    scale = config.ptx_coef * total / sum(map(len, rest))
+    scale = config.ptx_coef * total / sum(len(rest) for _, rest in drawn)
+    first, rest = ([pair[i] for pair in my_share(drawn)] for i in (0, 1))
     for batch in batches(first, rest, config):
         loss = -token_logprobs(policy, batch)[0].mean()
         stats["ptx/loss"].append(loss.item())
@@ -452,6 +465,8 @@ def update_average(average: GPT, policy: GPT, decay: float) -> None:
 
 def train(config: Config) -> dict[str, GPT]:
     """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
+    if config.batch_size < rank_and_world()[1]:
+        raise ValueError(f"--batch_size {config.batch_size} is less than a prompt for each process")
     models = Models.load(config)
     if not config.reward and not config.trust:
         refuse_chance(config.reward_model)
@@ -468,7 +483,8 @@ def train(config: Config) -> dict[str, GPT]:
         first = step * config.batch_size
         asked = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
         prompts = encode_prompts(asked, codec, config, policy.config.block_size)
-        rollout = sample_and_score(models, prompts, config, penalty.kl_coef, generator(*seed))
+        place = generator(*my_place(*seed))
+        rollout = sample_and_score(models, prompts, config, penalty.kl_coef, place)
         lr = lr_schedule(step, config.iterations, config.warmup)
         metrics = summary(rollout, penalty.kl_coef)
         metrics |= update(models, optimizer, rollout, config, lr, seed)
@@ -813,6 +829,8 @@ def main(config: Config) -> dict:
         if config.ablation:
             no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
             policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
+    if rank_and_world()[0]:  # one process compares
+        return {}
     rows = compare(config, policies, started)
     print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
     return {row["model"]: row for row in rows}

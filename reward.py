@@ -42,6 +42,7 @@ from model import (
     RunConfig,
     ScalarModel,
     adam,
+    all_shares,
     batch_at,
     command,
     fit,
@@ -49,9 +50,12 @@ from model import (
     generator,
     lock,
     lr_schedule,
+    my_place,
+    my_share,
     optimizer_step,
     pack,
     precision,
+    rank_and_world,
     resolve_device,
     seed_of,
     split_by_tokens,
@@ -120,8 +124,9 @@ def collect(config: Config) -> list[dict]:
     prompts = [codec.prompt(row["prompt"])[-room:] for row in rows for _ in range(config.responses)]
     print(f"sampling {len(prompts)} responses of {source}")
     limits = (config.max_new_tokens, codec.eos, config.temperature)
-    sampled = generate(model, prompts, *limits, generator=generator(*place))
-    texts, items = iter([codec.text(tokens) for tokens in sampled]), []
+    seed = generator(*my_place(*place))
+    shares = all_shares(generate(model, my_share(prompts), *limits, generator=seed))
+    texts, items = iter([codec.text(tokens) for share in shares for tokens in share]), []
     for row in rows:
         different = dict.fromkeys(next(texts) for _ in range(config.responses))
         responses = [text for text in different if "\0" not in text]  # which no record may hold
@@ -139,6 +144,8 @@ def ranked_by_rubric(items: list[dict], config: Config) -> list[dict]:
 def rank_by_hand(config: Config) -> None:
     """Asks at the terminal until all is ranked; ends the program if the person quits before."""
     path = Path(config.out) / "responses.jsonl"
+    if rank_and_world()[1] > 1:
+        raise ValueError("--labeler human needs a single process; rank first, then train with many")
     if not config.resume:
         labeler.refuse_answers(config.out)
     if not config.resume or not path.exists():
@@ -160,7 +167,10 @@ def ranked(config: Config) -> list[dict]:
     if config.labeler == "human":
         rank_by_hand(config)
     elif not config.comparisons and not (config.resume and path.exists()):
-        save_records(path, ranked_by_rubric(collect(config), config))
+        records = ranked_by_rubric(collect(config), config)
+        if rank_and_world()[0] == 0:
+            save_records(path, records)
+        all_shares(None)  # nobody goes on to read what is not there yet
     earlier = load_comparisons(config.merge) if config.merge else []
     records = load_comparisons(path) + earlier  # the new ones first: they are held out
     print(f"{len(records)} comparisons, {len(records) - len(earlier)} of them in {path}")
@@ -240,7 +250,8 @@ def train(run: Run, comparisons: list[Comparison]) -> None:
     for step in run.steps(steps):
         chosen = batch_at(step, comparisons, config.batch_size, config.seed, "reward")
         lr, total = lr_schedule(step, steps, warmup=steps // 20), sum(c.decides for c in chosen)
-        loss, norms = optimizer_step(optimizer, losses(model, chosen, config), max(1, total), lr)
+        parts = losses(model, my_share(chosen), config)
+        loss, norms = optimizer_step(optimizer, parts, max(1, total), lr)
         run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})
 
 
@@ -380,7 +391,8 @@ def main(config: Config) -> dict:
     run.metrics |= {"accuracy": accuracy, "accuracy_ci": accuracy_ci}  # ppo.py asks for them
     run.save()
     text = json.dumps(found, indent=1).encode()
-    write_atomically(run.folder / "report.json", lambda file: file.write(text))
+    if run.first:
+        write_atomically(run.folder / "report.json", lambda file: file.write(text))
     for c, scores in zip(held_out[:5], score_all(model, held_out[:5], config), strict=True):
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]

@@ -40,6 +40,8 @@ from model import (
     generate,
     generator,
     lr_schedule,
+    my_place,
+    my_share,
     optimizer_step,
     precision,
     resolve_device,
@@ -159,12 +161,13 @@ def train(run: Run, pairs: list[Pair], epochs: int, batch_size: int, asked: list
     steps = epochs * epoch_steps
     for step in run.steps(steps):
         chosen = batch_at(step, pairs, batch_size, config.seed, run.stage)
-        prompts, responses = map(list, zip(*chosen, strict=True))
-        torch.manual_seed(seed_of(config.seed, run.stage, step))  # dropout
+        total = sum(len(response) for _, response in chosen)
+        prompts, responses = ([pair[i] for pair in my_share(chosen)] for i in (0, 1))
+        torch.manual_seed(seed_of(*my_place(config.seed, run.stage, step)))  # dropout
         model.train()
         losses = ((sft_loss(model, b), len(b.where)) for b in batches(prompts, responses, config))
         lr = lr_schedule(step, steps, warmup=steps // 50)
-        loss, norms = optimizer_step(optimizer, losses, sum(map(len, responses)), lr)
+        loss, norms = optimizer_step(optimizer, losses, total, lr)
         run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})
         if selection and (step + 1) % epoch_steps == 0:
             run.log(selection.judge(model, held_out))
