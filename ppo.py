@@ -7,12 +7,13 @@ model, which starts as the reward model. Then all models answer prompts that non
 side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO without and with KL.
 
     python ppo.py                              # train with and without the KL penalty, compare
-    python ppo.py --kl_coef 0.3 --no-ablation  # a tighter leash, and no second run
-    python ppo.py --ptx_coef 0.5 --out out/ppo_ptx --no-ablation        # PPO-ptx
+    python ppo.py --kl_coef 0.6 --no-ablation  # a tighter leash, and no second run
+    python ppo.py --ptx_coef 1 --out out/ppo_ptx --no-ablation          # PPO-ptx
     python ppo.py --init out/ppo --reward_model out/reward2 --out out/ppo2  # iterate
     python ppo.py --compare out/ppo,out/ppo_ptx --out out/compare       # the comparison alone
     python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
     python ppo.py --reward mine.py:my_reward   # a Python function in the reward model's place
+    python ppo.py --check                      # is this set-up sound?
 """
 
 import copy
@@ -21,10 +22,8 @@ import json
 import math
 import runpy
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,11 +31,12 @@ import torch
 from torch import Tensor
 
 from data import labeler, toy
+from data.presets import PPO as PRESETS
+from data.python_reward import RewardFunction
 from data.records import load_prompts, load_texts, printable, write_atomically
 from model import (
     GPT,
     PUBLISHED,
-    Batch,
     Codec,
     Pair,
     Run,
@@ -107,53 +107,6 @@ class Config(RunConfig):
     eval_prompts: int = 300  # held-out prompts of the comparison
     judge: str = "gold"  # gold: the rubric, where there is one; human: and you, blind
     split: str = "test"  # toy prompts of the comparison: test; dev while you tune
-
-
-PRESETS = {  # python ppo.py --preset name: other defaults, for models and data of another size
-    "instructgpt": {  # Ouyang et al. 2022, C.4 and 3.5; PPO-ptx with --ptx_coef 27.8
-        "iterations": 500,  # 256,000 episodes
-        "batch_size": 512,
-        "minibatch_size": 64,
-        "ppo_epochs": 1,
-        "lr": 9.65e-6,  # within the range swept, 2.55e-6 to 2.55e-5
-        "value_lr": 9e-6,  # of the 1.3 and 6 billion parameter models
-        "warmup": 10,
-        "kl_coef": 0.02,
-        "ema_decay": 0.992,
-        "ptx_ratio": 8.0,
-        "max_new_tokens": 1000,
-    },
-    "tldr": {  # Huang et al. 2024, The N+ Implementation Details of RLHF with PPO
-        "iterations": 1953,
-        "batch_size": 512,
-        "minibatch_size": 512,
-        "ppo_epochs": 4,
-        "lr": 3e-6,
-        "value_lr": 3e-6,
-        "warmup": 0,
-        "kl_coef": 0.05,
-        "temperature": 0.7,
-        "max_new_tokens": 53,
-        "ema_decay": 0.0,
-    },
-    "sentiment": {  # Ziegler et al. 2019, lm-human-preferences' launch.py, 1,000,000 episodes
-        "iterations": 1953,
-        "batch_size": 512,
-        "minibatch_size": 512,
-        "ppo_epochs": 4,
-        "lr": 1e-5,
-        "value_lr": 1e-5,
-        "warmup": 0,
-        "value": "head",
-        "vf_coef": 0.1,
-        "kl_coef": 0.15,
-        "kl_target": 6.0,
-        "temperature": 0.7,
-        "max_new_tokens": 24,
-        "missing_eos_score": math.nan,  # all its continuations have 24 tokens
-        "ema_decay": 0.0,
-    },
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,47 +182,6 @@ def value_loss(
 # An iteration: sample, score, penalise, update
 
 
-FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError)
-FAULTS += (RuntimeError, SyntaxError, TypeError, ValueError)
-
-
-class RewardFunction:
-    """A Python function in the reward model's place, from a user's file; see --reward."""
-
-    def __init__(self, place: str, codec: Codec):
-        path, _, name = place.rpartition(":")
-        self.place, self.codec = place, codec
-        with self.one_line_errors():
-            self.function = runpy.run_path(path).get(name)
-        if not callable(self.function):
-            raise ValueError(f"{path} has no function {name!r}; expected --reward path.py:function")
-
-    @contextmanager
-    def one_line_errors(self) -> Iterator[None]:
-        """Inside, whatever a user's code raises becomes a ValueError that names its line."""
-        try:
-            yield
-        except FAULTS as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            kind = type(error).__name__
-            raise ValueError(f"{self.place}, line {line}: {kind}: {error}") from None
-
-    def score(self, batch: Batch) -> Tensor:  # -> (B,)
-        sequences = batch.tokens.split(batch.cu_seqlens.diff().tolist())
-        pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, batch.lengths, strict=True)]
-        prompts = [self.codec.text(prompt.tolist()) for prompt, _ in pairs]
-        texts = [self.codec.text(response.tolist()) for _, response in pairs]
-        with self.one_line_errors():
-            scores = self.function(texts, prompts)
-        numbers = [x for x in scores or [] if isinstance(x, (int, float)) and math.isfinite(x)]
-        if not len(numbers) == len(scores or []) == len(texts):
-            raise ValueError(
-                f"{self.place} returned {scores!r:.80} for {len(texts)} texts; expected a finite "
-                "number for each"
-            )
-        return torch.tensor(scores, dtype=torch.float32, device=batch.tokens.device)
-
-
 @dataclass
 class Models:
     policy: GPT
@@ -343,20 +255,11 @@ def sample_and_score(
     kl_coef: float,
     seed: torch.Generator,
 ) -> Rollout:
-    eos, temperature, mine = models.codec.eos, config.temperature, my_share(prompts)
-    new = config.max_new_tokens
-    sampled = generate(models.policy, mine, new, eos, temperature, generator=seed)
-    parts = []
-    for batch in batches(mine, sampled, config):
-        # by the forward pass that also trains, so that the first ratio is exactly 1
-        logprobs, _ = token_logprobs(models.policy, batch, temperature)
-        ref_logprobs, _ = token_logprobs(models.ref_policy, batch, temperature)
-        values, scores = models.value_model.values(batch), models.reward_model.score(batch)
-        parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
-    shares = all_shares((sampled, [torch.cat(x).cpu() for x in zip(*parts, strict=True)]))
-    responses = [tokens for share, _ in shares for tokens in share]
-    device, columns = models.policy.wte.weight.device, zip(*(x for _, x in shares), strict=True)
-    lengths, scores, logprobs, ref_logprobs, values = (torch.cat(x).to(device) for x in columns)
+    mine, eos = my_share(prompts), models.codec.eos
+    limits = (config.max_new_tokens, eos, config.temperature)
+    sampled = generate(models.policy, mine, *limits, generator=seed)
+    responses, columns = of_all(sampled, score(models, mine, sampled, config))
+    lengths, scores, logprobs, ref_logprobs, values = columns
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
     if not math.isnan(config.missing_eos_score):
         scores = torch.where(ended == 1, scores, config.missing_eos_score)
@@ -364,6 +267,33 @@ def sample_and_score(
     advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
     known = (lengths, ended, scores, logprobs, ref_logprobs, values, whiten(advantages), returns)
     return Rollout(prompts, responses, *known)
+
+
+def score(
+    models: Models, prompts: list[list[int]], responses: list[list[int]], config: Config
+) -> list[Tensor]:
+    """Lengths and scores (B,); log pi, log pi_ref and values (N,), before the first update.
+
+    By the forward pass that also trains, so that the first ratio is exactly 1.
+    """
+    parts = []
+    for batch in batches(prompts, responses, config):
+        logprobs, _ = token_logprobs(models.policy, batch, config.temperature)
+        ref_logprobs, _ = token_logprobs(models.ref_policy, batch, config.temperature)
+        values, scores = models.value_model.values(batch), models.reward_model.score(batch)
+        parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def of_all(
+    responses: list[list[int]], columns: list[Tensor]
+) -> tuple[list[list[int]], list[Tensor]]:
+    """The responses of all processes and what is known about them, in order."""
+    shares, device = all_shares((responses, [x.cpu() for x in columns])), columns[0].device
+    together = zip(*(share for _, share in shares), strict=True)
+    return [tokens for share, _ in shares for tokens in share], [
+        torch.cat(column).to(device) for column in together
+    ]
 
 
 def update(

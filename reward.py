@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import labeler, toy
+from data.presets import REWARD as PRESETS
 from data.records import (
     load_comparisons,
     load_demonstrations,
@@ -85,12 +86,6 @@ class Config(RunConfig):
     batch_size: int = 4  # prompts a step, with all their responses
     lr: float = 1e-3  # peak learning rate
     held_out: float = 0.1  # share of the prompts that only measures accuracy
-
-
-PRESETS = {  # python reward.py --preset name: other defaults, for models and data of another size
-    "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6},  # C.2; K = 4 to 9
-    "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6},  # Huang et al. 2024
-}
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data import toy
+from data.presets import SFT as PRESETS
 from data.records import load_demonstrations, load_texts
 from data.tokenizer import get_tokenizer
 from model import (
@@ -80,12 +81,6 @@ class Config(RunConfig):
     dropout: float = 0.0  # on residual branches; the paper's 16-epoch baselines use 0.2
     reward_model: str = ""  # folder of a reward model: keep the epoch whose answers it scores best
     held_out: float = 0.03  # share of documents and demonstrations that only measures the loss
-
-
-PRESETS = {  # python sft.py --preset name: other defaults, for models and data of another size
-    "instructgpt": {"epochs": 2, "batch_size": 32, "lr": 1.04e-5, "pretrain_mix": 0.1},  # C.3, 6B
-    "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
-}
 
 
 def sft_loss(model: GPT, batch: Batch) -> Tensor:

