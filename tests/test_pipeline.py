@@ -451,6 +451,39 @@ def test_every_flag_is_explained(script, tmp_path):
         assert f"--{name}" in result.stdout
 
 
+# ---- a person at the terminal
+
+
+def test_a_person_ranks_quits_and_goes_on(fine_tuned, reward_config, monkeypatch, tmp_path):
+    flags = {"labeler": "human", "comparisons": "", "demonstrations": "", "out": str(tmp_path)}
+    flags |= {"toy_prompts": 12, "responses": 3, "max_new_tokens": 10, "epochs": 1}
+    config, asked = replace(reward_config, **flags), []
+
+    def rank(self, item, place, total):
+        asked.append(place)
+        return "q" if len(asked) == 5 else [1, 2, 3][: len(self.items[item]["responses"])]
+
+    monkeypatch.setattr(labeler.Person, "ask", rank)
+    with pytest.raises(SystemExit):
+        reward.main(config)
+    with pytest.raises(ValueError, match="--resume continues"):
+        reward.main(config)
+    assert "accuracy" in reward.main(replace(config, resume=True))
+    assert asked[:6] == [0, 1, 2, 3, 4, 4] and len(load_comparisons(tmp_path / "comparisons.jsonl"))
+
+
+def test_a_person_judges_models_blind(results, ppo_config, out, monkeypatch, tmp_path):
+    def rank(self, item, place, total):  # whoever says least
+        lengths = [len(text) for text in self.items[item]["responses"]]
+        return [1 + sum(other < own for other in lengths) for own in lengths]
+
+    monkeypatch.setattr(labeler.Person, "ask", rank)
+    flags = {"compare": str(out / "ppo"), "judge": "human", "out": str(tmp_path)}
+    rows = ppo.main(replace(ppo_config, eval_prompts=4, **flags))
+    assert rows["sft"]["human_win_rate"] is None
+    assert 0 <= rows["ppo"]["human_win_rate"] <= 1
+
+
 # ---- what must not be lost
 
 
