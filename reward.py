@@ -67,8 +67,8 @@ from model import (
 @dataclass
 class Config(RunConfig):
     out: str = "out/reward"  # run folder
-    sft: str = "out/sft"  # folder of the fine-tuned model, which answers the prompts
-    init: str = "out/base"  # folder of the model that the reward model starts from (C.2: GPT-3)
+    sft: str = "out/sft"  # folder of the fine-tuned model: it answers the prompts
+    init: str = ""  # folder of the model that the reward model starts from; default: --sft's
     # the comparisons
     labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: in --comparisons
     comparisons: str = ""  # .jsonl of comparisons, in place of sampling and ranking
@@ -366,7 +366,7 @@ def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, conf
 @precision
 def main(config: Config) -> dict:
     device = resolve_device(config.device)
-    gpt, codec = GPT.load(config.init), Codec.load(config.sft)
+    gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
     codec.refuse_other_vocabulary(gpt)
     comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
     if len(comparisons) < 2:

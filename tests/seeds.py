@@ -21,7 +21,7 @@ PARTS = tuple(f"gold/{part}" for part in ("form", "mood", "subject", "variety", 
 LAST = {"sft.py": "samples.txt", "reward.py": "report.json", "ppo.py": "results.json"}
 FOLDERS = {  # flag: folder, for each script
     "sft.py": {"base": "base"},
-    "reward.py": {"sft": "sft", "init": "base"},
+    "reward.py": {"sft": "sft"},
     "ppo.py": {"base": "base", "sft": "sft", "reward_model": "reward"},
 }
 PTX_COEF = 1

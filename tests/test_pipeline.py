@@ -75,7 +75,6 @@ def reward_config(out) -> reward.Config:
     return reward.Config(
         out=str(out / "reward"),
         sft=str(out / "sft"),
-        init=str(out / "base"),
         comparisons=str(out / "comparisons.jsonl"),
         demonstrations=str(out / "demonstrations.jsonl"),
         epochs=2,
