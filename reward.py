@@ -69,6 +69,7 @@ class Config(RunConfig):
     out: str = "out/reward"  # run folder
     sft: str = "out/sft"  # folder of the fine-tuned model: it answers the prompts
     init: str = ""  # folder of the model that the reward model starts from; default: --sft's
+    cue: str = "Comment:"  # end of text, where the score is read, starts as the end of this; or ""
     # the comparisons
     labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: in --comparisons
     comparisons: str = ""  # .jsonl of comparisons, in place of sampling and ranking
@@ -239,6 +240,19 @@ def score_all(
     return scores
 
 
+@torch.no_grad()
+def start_from_cue(gpt: GPT, codec: Codec, cue: str) -> None:
+    """Gives end of text the embedding of the last token of cue, as soft prompts start from words
+    (Lester et al. 2021, 3.2).
+
+    Pretraining has never shown end of text as an input, but it has shown what people say of an
+    answer. Without this, a model of the toy world's size learns whether the reply is about the
+    asked subject all at once or, from every third initialisation, not at all.
+    """
+    if tokens := codec.tokenizer.encode_ordinary(cue):
+        gpt.wte.weight[codec.eos] = gpt.wte.weight[tokens[-1]]
+
+
 def train(run: Run, comparisons: list[Comparison]) -> None:
     config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
     steps = config.epochs * steps_per_epoch(comparisons, config.batch_size)
@@ -373,6 +387,7 @@ def main(config: Config) -> dict:
         raise ValueError(f"{len(comparisons)} usable comparisons; at least 2 are needed")
     split = max(1, int(config.held_out * len(comparisons)))
     held_out, training = comparisons[:split], comparisons[split:]
+    start_from_cue(gpt, codec, config.cue)
     torch.manual_seed(seed_of(config.seed, "head"))
     model = ScalarModel(gpt).to(device)
     state = {"model": model, "optimizer": adam([(model, config.lr)])}

@@ -15,8 +15,20 @@ SFT = {
     "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
 }
 REWARD = {
-    "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6},  # C.2; K = 4 to 9
-    "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6},  # Huang et al. 2024
+    "instructgpt": {  # C.2; K = 4 to 9
+        "responses": 9,
+        "epochs": 1,
+        "batch_size": 64,
+        "lr": 9e-6,
+        "cue": "",
+    },
+    "tldr": {  # Huang et al. 2024
+        "responses": 2,
+        "epochs": 1,
+        "batch_size": 64,
+        "lr": 3e-6,
+        "cue": "",
+    },
 }
 PPO = {
     "instructgpt": {  # C.4; PPO-ptx with --ptx_coef 27.8

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import tensor
 
 import reward
-from model import GPT, GPTConfig, ScalarModel, pack
+from data.tokenizer import get_tokenizer
+from model import GPT, Codec, GPTConfig, ScalarModel, pack
 from reward import ranking_loss
 
 EOS = 0
@@ -328,3 +329,15 @@ def test_dropout_is_off_in_eval_mode():
         assert not torch.equal(noisy.score(batch), noisy.score(batch))
         noisy.eval()
         assert torch.equal(noisy.score(batch), noisy.score(batch))
+
+
+def test_end_of_text_starts_where_the_base_model_would_comment():
+    codec = Codec(get_tokenizer("toy"), "{prompt}\n")
+    gpt = GPT(GPTConfig(codec.tokenizer.n_vocab, 16, 1, 1, 4))
+    before = gpt.wte.weight.detach().clone()
+    reward.start_from_cue(gpt, codec, "")
+    assert gpt.wte.weight.equal(before)
+    reward.start_from_cue(gpt, codec, "Comment:")
+    (colon,) = codec.tokenizer.encode_ordinary(":")
+    assert gpt.wte.weight[codec.eos].equal(before[colon])
+    assert gpt.wte.weight[: codec.eos].equal(before[: codec.eos])  # end of text is the last token
