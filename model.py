@@ -38,6 +38,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -75,6 +77,8 @@ def attention(
     qkv (T, 3, H, D), cu_seqlens (B + 1,) int32, longest: at least the longest length -> (T, H, D).
     groups = length_groups(cu_seqlens) spares the padded path from computing it in every layer.
     """
+    if not len(qkv):
+        return qkv[:, 0]
     if use_kernels(qkv):
         return fused_attention(qkv.contiguous(), cu_seqlens, longest)[0]
     return padded_attention(qkv, groups or length_groups(cu_seqlens))
@@ -105,6 +109,8 @@ def length_groups(cu_seqlens: Tensor) -> Groups:
     ends = cu_seqlens.long().cpu()
     lengths, order = ends.diff().sort(descending=True, stable=True)
     lengths = lengths[lengths > 0]  # (rows,)
+    if not len(lengths):
+        return [], ends[:0], ends[:0]
     starts = ends[order[: len(lengths)]]  # (rows,)
     width, room, widths = math.inf, 0.0, []
     for n in lengths.tolist():
@@ -417,13 +423,14 @@ def pack(
     """Lays B prompts and their responses end to end. ValueError for an empty prompt."""
     refuse_empty(prompts)
     pairs = list(zip(prompts, responses, strict=True))
-    tokens = torch.tensor([t for p, r in pairs for t in p + r])
-    sizes = torch.tensor([n for p, r in pairs for n in (len(p), len(r))])  # (2B,) alternating
+    tokens = torch.tensor([t for p, r in pairs for t in p + r], dtype=torch.long)
+    sizes = [n for p, r in pairs for n in (len(p), len(r))]  # alternating
+    sizes = torch.tensor(sizes, dtype=torch.long)  # (2B,)
     is_response = torch.tensor([False, True]).repeat(len(pairs)).repeat_interleave(sizes)
     lengths = sizes.view(-1, 2).sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
     tensors = (t.to(device) for t in (tokens, cu_seqlens, is_response))
-    return Batch(*tensors, longest=int(lengths.max()))
+    return Batch(*tensors, longest=max(lengths.tolist(), default=0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -892,6 +899,7 @@ class RunConfig:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     dtype: str = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
     max_tokens: int = 16384  # tokens in one network pass: lower it when memory runs out
+    shard: bool = False  # spread weights, gradients and optimiser states over torchrun's processes
     save_every: int = 100  # steps between checkpoints
     resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
 
@@ -1027,10 +1035,17 @@ def split_by_tokens(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return parts
 
 
+def passes(lengths: list[int], config: RunConfig) -> list[list[int]]:
+    """split_by_tokens; of sharded networks, whose passes are joint, as many on every process."""
+    parts = split_by_tokens(lengths, config.max_tokens)
+    most = max(all_shares(len(parts))) if config.shard else 0
+    return parts + [[]] * (most - len(parts))
+
+
 def batches(prompts: list[list[int]], responses: list[list[int]], config: RunConfig):
     """Yields the sequences in order as ragged batches of at most config.max_tokens tokens."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    for part in split_by_tokens(lengths, config.max_tokens):
+    for part in passes(lengths, config):
         device = resolve_device(config.device)
         yield pack([prompts[b] for b in part], [responses[b] for b in part], device)
 
@@ -1062,9 +1077,74 @@ def all_shares(mine: Any) -> list:
     return shares
 
 
+def placed(model: nn.Module, config: RunConfig) -> Any:
+    """The network on its device; with --shard, an equal part of every tensor on each process's.
+
+    FSDP2: a block's weights are together for its pass only, and its gradients are added up and
+    divided by the number of processes as they arise. Sharding is the last thing done to a network.
+    """
+    device, (_, world) = resolve_device(config.device), rank_and_world()
+    model = model.to(device)
+    if config.shard:
+        if not torch.distributed.is_initialized():
+            raise ValueError("--shard needs several processes: torchrun --nproc_per_node=2 ...")
+        mesh = init_device_mesh(device.type, (world,))
+        for part in [m for m in model.modules() if isinstance(m, Block)] + [model]:
+            # token_logprobs uses a GPT's embeddings once more after the pass
+            fully_shard(part, mesh=mesh, reshard_after_forward=not isinstance(part, GPT))
+        for method in ("values", "score"):
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+    return model
+
+
+def gathered(state: Any) -> Any:
+    """A tensor, or all in nested dicts and lists, with no part on another process; all call it."""
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value) for value in state]
+    return state.full_tensor().detach() if isinstance(state, DTensor) else state
+
+
+def state_of(thing: Any) -> Any:
+    """Its state_dict, gathered."""
+    if isinstance(thing, FSDPModule):
+        thing.reshard()  # what its last pass left together
+    return gathered(thing.state_dict())
+
+
+def whole(model: GPT) -> GPT:
+    """The network itself or, of a sharded one, a copy to sample from: every process at its pace."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        copied = GPT(model.config)
+    copied.load_state_dict(state_of(model), assign=True)
+    return copied.eval()
+
+
+def restore(thing: Any, state: Any) -> None:
+    """Loads what state_of returned into the thing, of which every process keeps its part."""
+
+    def part(full: Any, like: Any) -> Any:
+        if isinstance(like, DTensor) and like.shape == full.shape:
+            full = full.to(like.device)
+            return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+        return full
+
+    if isinstance(thing, nn.Module):
+        ours = thing.state_dict()
+        state = {name: part(full, ours[name]) for name, full in state.items()}
+    thing.load_state_dict(state)
+    if isinstance(thing, torch.optim.Optimizer):
+        for p, found in thing.state.items():
+            found.update({name: part(value, p) for name, value in found.items()})
+
+
 def add_up(loss: float, parameters: list[nn.Parameter]) -> float:
     """Sums gradients and loss over the processes, each of which has seen its share of the batch."""
-    if rank_and_world()[1] > 1:
+    if rank_and_world()[1] > 1 and not isinstance(parameters[0], DTensor):
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -1101,13 +1181,14 @@ def optimizer_step(
     the norms before clipping. ValueError if either is not finite: the weights are left as they are.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss_sum = 0.0
+    groups, loss_sum = optimizer.param_groups, 0.0
+    parameters = [p for group in groups for p in group["params"]]
+    divided_by = rank_and_world()[1] if isinstance(parameters[0], DTensor) else 1  # by FSDP2
     for loss, n in losses:
-        (loss * (n / total)).backward()
-        loss_sum += loss.item() * n / total
-    groups = optimizer.param_groups
-    loss_sum = add_up(loss_sum, [p for group in groups for p in group["params"]])
-    norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
+        (loss * (n / total * divided_by)).backward()
+        loss_sum += loss.item() * n / total if n else 0.0
+    loss_sum = add_up(loss_sum, parameters)
+    norms = [gathered(nn.utils.clip_grad_norm_(g["params"], clip)).item() for g in groups]
     if not all(map(math.isfinite, (loss_sum, *norms))):
         raise ValueError(
             f"loss {loss_sum}, gradient norms {norms}: the weights are left as they were; "
@@ -1280,17 +1361,17 @@ class Run:
                     "resume it with the same value, or choose another folder"
                 )
         for name, thing in self.state.items():
-            thing.load_state_dict(saved["model"] if name == "model" else saved["training"][name])
+            restore(thing, saved["model"] if name == "model" else saved["training"][name])
         self.step, self.metrics = saved["step"], saved["metrics"]
         return saved["sizes"]
 
     def save(self) -> None:
+        state = {name: state_of(thing) for name, thing in self.state.items()}
         if self.first:
-            self._write()
+            self._write(state)
         all_shares(None)  # nobody goes on to read what is not there yet
 
-    def _write(self) -> None:
-        state = {name: thing.state_dict() for name, thing in self.state.items()}
+    def _write(self, state: dict[str, Any]) -> None:
         checkpoint = {
             "stage": self.stage,
             "config": dataclasses.asdict(self.config),

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import labeler, toy
 from data.presets import PPO as PRESETS
@@ -56,12 +56,14 @@ from model import (
     my_place,
     my_share,
     optimizer_step,
+    placed,
     precision,
     rank_and_world,
     resolve_device,
     seed_of,
     shuffled,
     token_logprobs,
+    whole,
 )
 
 
@@ -201,6 +203,8 @@ class Models:
         reward_model = load_reward_model(config, codec)
         torch.manual_seed(seed_of(config.seed, "head"))
         if config.value == "head":
+            if config.shard:
+                raise ValueError("--shard needs --value model: a head of the policy's own is whole")
             value_model = ScalarModel(policy, shared=True).to(device).eval()
         elif isinstance(reward_model, ScalarModel):
             value_model = copy.deepcopy(reward_model)
@@ -209,6 +213,9 @@ class Models:
         average = copy.deepcopy(policy)
         texts = pretraining_texts(config) if config.ptx_coef else []
         pairs = documents(texts, codec, policy.config.block_size)
+        for model in (policy, ref_policy, reward_model, value_model, average):
+            if isinstance(model, nn.Module):
+                placed(model, config)
         return cls(policy, ref_policy, reward_model, value_model, average, codec, pairs)
 
 
@@ -257,7 +264,7 @@ def sample_and_score(
 ) -> Rollout:
     mine, eos = my_share(prompts), models.codec.eos
     limits = (config.max_new_tokens, eos, config.temperature)
-    sampled = generate(models.policy, mine, *limits, generator=seed)
+    sampled = generate(whole(models.policy), mine, *limits, generator=seed)
     responses, columns = of_all(sampled, score(models, mine, sampled, config))
     lengths, scores, logprobs, ref_logprobs, values = columns
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
@@ -366,7 +373,7 @@ def minibatch_losses(
             ("policy/entropy", entropy.mean()),
             ("value/loss", value),
         ):
-            stats[name].append(x.item())
+            stats[name] += [x.item()] if n else []
         yield policy + vf_coef * value, n
         at += n
 
@@ -381,9 +388,9 @@ def ptx_losses(
     scale = config.ptx_coef * total / sum(len(rest) for _, rest in drawn)
     first, rest = ([pair[i] for pair in my_share(drawn)] for i in (0, 1))
     for batch in batches(first, rest, config):
-        loss = -token_logprobs(policy, batch)[0].mean()
-        stats["ptx/loss"].append(loss.item())
-        yield scale * loss, len(batch.where)
+        loss, n = -token_logprobs(policy, batch)[0].mean(), len(batch.where)
+        stats["ptx/loss"] += [loss.item()] if n else []
+        yield scale * loss, n
 
 
 @torch.no_grad()
@@ -436,7 +443,8 @@ def train(config: Config) -> dict[str, GPT]:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
     name = run.folder.name
-    return {name: policy} | ({f"{name}_ema": models.average} if config.ema_decay else {})
+    averages = {f"{name}_ema": whole(models.average)} if config.ema_decay else {}
+    return {name: whole(policy)} | averages
 
 
 def refuse_chance(folder: str) -> None:
@@ -761,7 +769,7 @@ def main(config: Config) -> dict:
             policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
     if rank_and_world()[0]:  # one process compares
         return {}
-    rows = compare(config, policies, started)
+    rows = compare(replace(config, shard=False), policies, started)
     print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
     return {row["model"]: row for row in rows}
 

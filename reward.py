@@ -55,11 +55,12 @@ from model import (
     my_share,
     optimizer_step,
     pack,
+    passes,
+    placed,
     precision,
     rank_and_world,
     resolve_device,
     seed_of,
-    split_by_tokens,
     steps_per_epoch,
 )
 
@@ -209,10 +210,10 @@ def packed(
 ) -> Iterator[tuple[Batch, list[Comparison]]]:
     """Comparisons in order as batches of at most config.max_tokens tokens."""
     lengths = [sum(len(p) + len(r) for p, r in c.pairs) for c in comparisons]
-    for part in split_by_tokens(lengths, config.max_tokens):
+    for part in passes(lengths, config):
         chosen = [comparisons[i] for i in part]
-        prompts, responses = zip(*(pair for c in chosen for pair in c.pairs), strict=True)
-        yield pack(list(prompts), list(responses), resolve_device(config.device)), chosen
+        prompts, responses = ([pair[i] for c in chosen for pair in c.pairs] for i in (0, 1))
+        yield pack(prompts, responses, resolve_device(config.device)), chosen
 
 
 def losses(
@@ -379,7 +380,6 @@ def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, conf
 
 @precision
 def main(config: Config) -> dict:
-    device = resolve_device(config.device)
     gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
     codec.refuse_other_vocabulary(gpt)
     comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
@@ -389,7 +389,7 @@ def main(config: Config) -> dict:
     held_out, training = comparisons[:split], comparisons[split:]
     start_from_cue(gpt, codec, config.cue)
     torch.manual_seed(seed_of(config.seed, "head"))
-    model = ScalarModel(gpt).to(device)
+    model = placed(ScalarModel(gpt), config)
     state = {"model": model, "optimizer": adam([(model, config.lr)])}
     run = Run("reward", config, config.out, gpt.config, codec, **state)
     train(run, training)

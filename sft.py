@@ -44,12 +44,16 @@ from model import (
     my_place,
     my_share,
     optimizer_step,
+    placed,
     precision,
     resolve_device,
+    restore,
     seed_of,
     shuffled,
+    state_of,
     steps_per_epoch,
     token_logprobs,
+    whole,
 )
 
 
@@ -121,11 +125,11 @@ class Selection:
         prompts, epoch = [prompt for prompt, _ in held_out], len(self.epochs) + 1
         new = min(80, model.config.block_size - max(map(len, prompts)))
         seed = generator(self.config.seed, "selection", epoch)
-        responses = generate(model, prompts, new, self.codec.eos, generator=seed)
+        responses = generate(whole(model), prompts, new, self.codec.eos, generator=seed)
         scores = map(self.reward_model.score, batches(prompts, responses, self.config))
         score, loss = torch.cat(list(scores)).mean().item(), mean_loss(model, held_out, self.config)
         if score > max((e["reward_score"] for e in self.epochs), default=-math.inf):
-            self.weights = {name: w.clone() for name, w in model.state_dict().items()}
+            self.weights = {name: w.clone() for name, w in state_of(model).items()}
         self.epochs.append({"epoch": epoch, "reward_score": score, "held_out_loss": loss})
         return self.epochs[-1]
 
@@ -136,7 +140,7 @@ class Selection:
         for e, by in ((best, "reward score"), (fitted, "held-out loss")):
             print(f"best by {by}: epoch {e['epoch']}, score {e['reward_score']:.3f}, "
                   f"loss {e['held_out_loss']:.3f}")  # fmt: skip
-        model.load_state_dict(self.weights)
+        restore(model, self.weights)
         return best
 
     def state_dict(self) -> dict:
@@ -179,7 +183,7 @@ def show_samples(run: Run, model: GPT, asked: list[str], step: int) -> None:
     prompts = [run.codec.prompt(text) for text in asked]
     new = min(80, model.config.block_size - max(map(len, prompts)))
     seed = generator(run.config.seed, run.stage, step)
-    answers = generate(model, prompts, new, run.codec.eos, generator=seed)
+    answers = generate(whole(model), prompts, new, run.codec.eos, generator=seed)
     for text, answer in zip(asked, answers, strict=True):
         run.sample(f"[step {step}] {text}", run.codec.text(answer))
 
@@ -195,7 +199,7 @@ def pretrain(config: Config, asked: list[str]) -> dict:
     codec = Codec(get_tokenizer(config.tokenizer), config.template)
     sizes = (config.block_size, config.n_layer, config.n_head, config.n_embd)
     torch.manual_seed(seed_of(config.seed, "init"))
-    model = GPT(GPTConfig(codec.tokenizer.n_vocab, *sizes)).to(resolve_device(config.device))
+    model = placed(GPT(GPTConfig(codec.tokenizer.n_vocab, *sizes)), config)
     state = {"model": model, "optimizer": adam([(model, config.pretrain_lr)])}
     run = Run("base", config, config.base, model.config, codec, **state)
     pairs = documents(pretraining_texts(config), codec, config.block_size)
@@ -208,7 +212,7 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
     source = config.base if config.init == "scratch" else config.init
     codec, model = Codec.load(source, config.template), GPT.load(source, dropout=config.dropout)
     codec.refuse_other_vocabulary(model)
-    model = model.to(resolve_device(config.device))
+    model = placed(model, config)
     pairs = []
     for row in rows:
         prompt, response = codec.prompt(row["prompt"]), codec.response(row["response"])
