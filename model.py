@@ -448,8 +448,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd)
-        if min(sizes) < 1 or self.n_embd % self.n_head:
-            raise ValueError(f"{self}: sizes are at least 1, and n_head divides n_embd")
+        if min(sizes) < 1 or max(sizes) > 2**24 or self.n_layer > 1000 or self.n_embd % self.n_head:
+            raise ValueError(f"{self}: sizes are at least 1, not huge, and n_head divides n_embd")
 
 
 class Attention(nn.Module):
@@ -1278,17 +1278,47 @@ def load_checkpoint(folder: str | Path) -> dict:
             f"{path} does not exist; `python {maker.get(path.parent.name, 'ppo.py')}` makes it"
         )
     saved = unpickle(path)
-    missing = {"stage", "config", "gpt", "codec", "step", "metrics", "sizes", "model", "training"}
-    if not isinstance(saved, dict) or (missing := missing - saved.keys()):
-        raise ValueError(f"{path} is no checkpoint of a stage: it has no {', '.join(missing)}")
+    if wrong := misfits(saved, CHECKPOINT):
+        what = f"its {wrong[0]} is missing or no such value"
+        raise ValueError(f"{path} is no checkpoint of a stage: {what}")
     return saved
+
+
+SIZES = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
+CHECKPOINT: dict = {  # the keys of checkpoint.pt and the types of their values; ...: all others'
+    "stage": str,
+    "config": {},
+    "gpt": SIZES | {...: None},  # no others
+    "codec": {"tokenizer": {"name": str, ...: str}, "template": str},
+    "step": int,
+    "metrics": {},
+    "sizes": list,
+    "model": {...: Tensor},
+    "training": {},
+}
+
+
+def misfits(found: Any, kinds: dict) -> list[str]:
+    """The keys of found, nested ones too, that are missing or have a value of another type."""
+    if not isinstance(found, dict):
+        return ["type"]
+    every = dict.fromkeys(found, kinds[...]) if ... in kinds else {}
+    wrong = []
+    for key, kind in (every | {k: v for k, v in kinds.items() if k is not ...}).items():
+        value = found.get(key)
+        if isinstance(kind, dict):
+            wrong += [f"{key}.{name}" for name in misfits(value, kind)]
+        elif type(value) is not kind:
+            wrong.append(str(key))
+    return wrong
 
 
 def unpickle(path: Path) -> dict:
     """What torch.save wrote: tensors and plain values only, so that no file can run code."""
+    malformed = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (*malformed, TypeError, AttributeError, AssertionError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
 
 

@@ -54,6 +54,8 @@ def from_state(state: dict[str, str]) -> tiktoken.Encoding:
     """The tokenizer that `to_state` wrote down."""
     if state["name"] == "gpt2":
         return get_tokenizer("gpt2")
+    if not {"pattern", "ranks"} <= state.keys():
+        raise ValueError(f"the tokenizer {state['name']!r} lacks its pattern or its ranks")
     return build(state["name"], state["pattern"], parse_ranks(state["ranks"]))
 
 

@@ -15,7 +15,7 @@ from random import Random
 import kills
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ppo
@@ -533,6 +533,43 @@ def test_a_damaged_checkpoint_is_one_line(cut, fine_tuned, out, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(content[:end])
     with pytest.raises(ValueError, match="checkpoint.pt cannot be read"):
         load_checkpoint(tmp_path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_corrupted_checkpoint_loads_or_is_one_line(data, fine_tuned, out, tmp_path):
+    content = bytearray((out / "sft/checkpoint.pt").read_bytes())
+    directory = (
+        content.rindex(b"data.pkl") if data.draw(st.booleans()) else 0
+    )  # what names the rest
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(directory, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    try:
+        Codec.load(tmp_path), GPT.load(tmp_path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_checkpoint_of_something_else_loads_or_is_one_line(data, fine_tuned, out, tmp_path):
+    saved = inside = torch.load(out / "sft/checkpoint.pt", weights_only=True)
+    key = data.draw(st.sampled_from(sorted(saved)))
+    while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
+        inside = inside[key]
+        key = data.draw(st.sampled_from(sorted(inside, key=str)))
+    junk = [None, -1, "x", "{prompt}", [], {}, {"x": 1}, math.nan, torch.zeros(3), True, 10**9]
+    if junk := data.draw(st.sampled_from([[x] for x in junk] + [[]])):
+        inside[data.draw(st.sampled_from([key, "other"]))] = junk[0]
+    else:
+        del inside[key]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    try:
+        Codec.load(tmp_path), GPT.load(tmp_path)
+    except ValueError as error:
+        assert "\n" not in str(error)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(fine_tuned, sft_config, out, monkeypatch, tmp_path):
