@@ -9,6 +9,7 @@ GPT of 4 layers, 128 channels, 1,024 tokens; M is GPT-2 small. Weights are rando
 """
 
 import argparse
+import copy
 import os
 import resource
 import statistics
@@ -30,9 +31,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback  # noqa: E
 import model as model_module  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
-from model import (  # noqa: E402  # noqa: E402
+from data.tokenizer import get_tokenizer  # noqa: E402
+from model import (  # noqa: E402
     GPT,
     Codec,
+    Run,
     RunConfig,
     ScalarModel,
     adam,
@@ -219,8 +222,6 @@ def bench_ppo(size: str, repeats: int) -> None:
     from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from data.tokenizer import get_tokenizer
-
     batch, new, epochs = (64, 48, 4) if size == "S" else (8, 48, 4)
     ours, theirs = both(size)
     lengths = torch.randint(16, 33, (512,), generator=generator("prompts"))
@@ -308,7 +309,39 @@ def bench_growth(size: str, repeats: int) -> None:
             row(f"generate {size} batch {batch}, {new} new", batch * new, **seconds)
 
 
-TASKS = {"generate": bench_generate, "sft": bench_sft, "ppo": bench_ppo, "growth": bench_growth}
+# ---- checkpoints
+
+
+def bench_checkpoint(size: str, _: int) -> None:
+    """What ppo.py saves and resumes: policy, average, value model and their optimiser."""
+    policy, _ = both(size)
+    average, value = copy.deepcopy(policy), ScalarModel(policy)
+    optimizer = adam([(policy, 1e-6), (value, 1e-6)])
+    optimizer_step(
+        optimizer, [(sum(p.sum() for m in (policy, value) for p in m.parameters()), 1)], 1
+    )
+    state = {"model": policy, "value_model": value, "optimizer": optimizer, "average": average}
+    codec = Codec(get_tokenizer("toy"), "{prompt}")
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    with tempfile.TemporaryDirectory() as folder:
+        config, before = ppo.Config(out=folder, resume=True), peak()
+        run = Run("ppo", config, folder, policy.config, codec, **state)
+        began = time.perf_counter()
+        run.save()
+        saved, more = time.perf_counter(), peak() - before
+        Run("ppo", config, folder, policy.config, codec, **state)
+        seconds = time.perf_counter() - saved
+        bytes = (Path(folder) / "checkpoint.pt").stat().st_size
+    sizes = f"{bytes / 2**30:.3f} GB, {more:.2f} GB more memory"
+    times = f"saved in {saved - began:.3f} s, resumed in {seconds:.3f} s"
+    print(f"checkpoint {size}: {sizes}, {times}", flush=True)
+
+
+TASKS = {"generate": bench_generate, "sft": bench_sft, "ppo": bench_ppo}
+TASKS |= {"growth": bench_growth, "checkpoint": bench_checkpoint}
 
 
 def main() -> None:

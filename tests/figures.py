@@ -1,6 +1,6 @@
 """Draws the README's figures from the folders that tests/seeds.py leaves; needs the extra `plot`.
 
-    python tests/seeds.py --variants 11 12 13 && python tests/figures.py 11 12 13
+    python tests/seeds.py --variants 31 32 33 && python tests/figures.py 31 32 33
 
 Writes story, overoptimisation, win_rates and learning as .svg into .github/. Bars and points
 are means over the seeds; their intervals are 95 % half-widths over the prompts of all seeds.

@@ -1,7 +1,7 @@
 """Runs the toy pipeline for several seeds and prints one table of all: the README's numbers.
 
-    python tests/seeds.py 11 12 13             # into out/seed11, ...; what is finished stays
-    python tests/seeds.py --variants 11 12 13  # also PPO-ptx, a second round, 16 epochs of SFT
+    python tests/seeds.py 31 32 33             # into out/seed11, ...; what is finished stays
+    python tests/seeds.py --variants 31 32 33  # also PPO-ptx, a second round, 16 epochs of SFT
 
 A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds. The gold
 score of each seed stands in brackets.
