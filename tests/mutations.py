@@ -93,11 +93,11 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("no_pair_without_gradient", REWARD, "reward.py", "else 0 * scores.sum()",
      "else torch.tensor(0.0)"),
     ("not_centred", RUNS, "reward.py", "model.head.bias -=", "model.head.bias -= 0 *"),
-    ("score_before_the_end", MODEL, "model.py", SCORE, SCORE.replace("- 1]", "- 2]")),
+    ("score_before_the_end", REWARD, "model.py", SCORE, SCORE.replace("- 1]", "- 2]")),
     ("score_mean_pooled", REWARD, "model.py", SCORE,
      "return self.head(torch.stack([h.mean(0) for h in "
      "self.gpt(batch).split(batch.cu_seqlens.diff().tolist())]))"),
-    ("value_after_its_token", MODEL, "model.py", "self.head(self.gpt(batch)[batch.where])",
+    ("value_after_its_token", REWARD, "model.py", "self.head(self.gpt(batch)[batch.where])",
      "self.head(self.gpt(batch)[batch.where + 1])"),
     ("reward_model_shares_the_body", REWARD, "model.py", "gpt if shared else copy.deepcopy(gpt)",
      "gpt"),
@@ -106,9 +106,9 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
      "token_logprobs(model, batch)[0].split(batch.lengths.tolist())]).mean()"),
     ("prompt_in_the_loss", MODEL, "model.py", "torch.tensor([False, True]).repeat",
      "torch.tensor([True, True]).repeat"),
-    ("micro_batch_mean_of_means", SFT, "model.py", "(loss * (n / total)).backward()",
-     "(loss / 2).backward()"),
-    ("adam_betas", MODEL, "model.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.9)"),
+    ("micro_batch_mean_of_means", SFT, "model.py", "(loss * (n / total * divided_by))",
+     "(loss / 2)"),
+    ("adam_betas", PPO, "model.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.9)"),
     ("no_end_of_text", SFT, "model.py", "[*self.tokenizer.encode_ordinary(text), self.eos]",
      "self.tokenizer.encode_ordinary(text)"),
     ("prompt_cut_from_the_right", SFT, "model.py", "return prompt[-room:], response",
@@ -156,9 +156,9 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("resume_forgets_the_kl_coefficient", RUNS, "ppo.py",
      'self.kl_coef = state["kl_coef"]', "pass"),
     ("resume_forgets_the_optimiser", RUNS, "model.py",
-     "thing.load_state_dict(saved[\"model\"] if name == \"model\" else saved[\"training\"][name])",
-     "name == 'optimizer' or thing.load_state_dict("
-     "saved['model'] if name == 'model' else saved['training'][name])"),
+     "restore(thing, saved[\"model\"] if name == \"model\" else saved[\"training\"][name])",
+     "name == 'optimizer' or restore("
+     "thing, saved['model'] if name == 'model' else saved['training'][name])"),
 ]
 # fmt: on
 

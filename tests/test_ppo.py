@@ -89,6 +89,27 @@ def test_equal_models_leave_the_score():
     close(rewards, [0, 0, 2.0, -1.0, 0, 0.5], 0)
 
 
+def test_every_epoch_sees_each_response_once(monkeypatch):
+    seen = []
+
+    def record(models, rollout, known, chosen, config, stats):
+        seen.append(chosen)
+        stats["policy/approx_kl"].append(0.0)
+        return iter(())
+
+    monkeypatch.setattr(ppo, "minibatch_losses", record)
+    model = torch.nn.Linear(1, 1)
+    ones = torch.ones(7)
+    rollout = ppo.Rollout([[0]] * 7, [[1]] * 7, ones.int(), *[ones] * 7)
+    config = ppo.Config(minibatch_size=3, ppo_epochs=2)
+    optimizer = adam([(model, 0.1), (torch.nn.Linear(1, 1), 0.1)])
+    ppo.update(None, optimizer, rollout, config, 1.0, (0, "ppo", 0))
+    assert [len(chosen) for chosen in seen] == [3, 3, 1] * 2
+    epochs = [sum(seen[:3], []), sum(seen[3:], [])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2
+    assert epochs[0] != epochs[1]
+
+
 def test_statistics_of_a_rollout_by_hand():
     """#23 kl_k3_wrong_sign."""
     # log pi - log pi_ref is 1, -1 and 0: k1 sums to 0; k3 is e^-1 - 1 + 1 = .36788, then

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from model import GPT, GPTConfig, optimizer_step, pack
+from data.tokenizer import get_tokenizer
+from model import GPT, Codec, GPTConfig, fit, optimizer_step, pack
 from sft import sft_loss
 
 EOS = 0
@@ -154,3 +155,11 @@ def test_the_gradient_of_all_micro_batches_is_clipped_as_one():
     assert norm_before == pytest.approx(norm, rel=1e-5)
     for own, other in zip(clipped, whole, strict=True):
         torch.testing.assert_close(own, other / 2, atol=1e-6, rtol=1e-4)
+
+
+def test_a_response_ends_and_its_prompt_is_cut_from_the_left():
+    codec = Codec(get_tokenizer("toy"), "{prompt}")
+    assert codec.response("The end.")[-1] == codec.eos not in codec.prompt("The end.")
+    assert codec.text(codec.response("The end.")) == "The end."
+    assert fit([1, 2, 3, 4], [5, 6], 4) == ([3, 4], [5, 6])
+    assert fit([1, 2], [5, 6], 4) == ([1, 2], [5, 6])
