@@ -112,24 +112,19 @@ def test_every_epoch_sees_each_response_once(monkeypatch):
 
 def test_statistics_of_a_rollout_by_hand():
     """#23 kl_k3_wrong_sign."""
-    # log pi - log pi_ref is 1, -1 and 0: k1 sums to 0; k3 is e^-1 - 1 + 1 = .36788, then
-    # e - 1 - 1 = .71828, then 0: 1.08616 over two responses
-    old, ref = tensor([-1.0, -2.0, -3.0]), tensor([-2.0, -1.0, -3.0])
+    # log pi - log pi_ref is 2, -1 and 0: k1 sums to 1; k3 is e^-2 - 1 + 2 = 1.13534, then
+    # e - 1 - 1 = .71828, then 0: 1.85362 over two responses
+    old, ref = tensor([-1.0, -2.0, -3.0]), tensor([-3.0, -1.0, -3.0])
     zeros = torch.zeros(3)
     lengths, ended, scores = tensor([2, 1]), tensor([1.0, 0.0]), tensor([3.0, 1.0])
     returns, values = tensor([1.0, 2.0, 3.0]), tensor([1.0, 2.0, 2.0])
     known = (lengths, ended, scores, old, ref, values, zeros, returns)
     found = ppo.summary(ppo.Rollout([[0]] * 2, [[1, 2], [3]], *known), kl_coef=0.5)
-    assert found["objective/kl"] == 0 and found["objective/reward"] == 2
-    assert found["objective/kl_k3"] == pytest.approx(1.08616 / 2, abs=1e-5)
+    assert found["objective/kl"] == 0.5 and found["objective/reward"] == 1.75
+    assert found["objective/kl_k3"] == pytest.approx(1.85362 / 2, abs=1e-5)
     assert found["objective/length"] == 1.5 and found["objective/eos_rate"] == 0.5
     # returns vary by 1, what the values leave of them (0, 0, 1) by 1/3
     assert found["value/explained_variance"] == pytest.approx(2 / 3)
-
-    ref = ref - 1  # k1: (2 + 0 + 1) / 2
-    known = (lengths, ended, scores, old, ref, values, zeros, returns)
-    found = ppo.summary(ppo.Rollout([[0]] * 2, [[1, 2], [3]], *known), kl_coef=0.5)
-    assert found["objective/kl"] == 1.5 and found["objective/reward"] == 2 - 0.75
 
 
 def test_the_expected_penalty_is_the_kl_divergence():
