@@ -427,7 +427,7 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "argv, needle",
     [
-        (("reward.py",), "out/base/checkpoint.pt does not exist; `python sft.py` makes it"),
+        (("reward.py",), "out/sft/checkpoint.pt does not exist; `python sft.py` makes it"),
         (("ppo.py", "--sft", "x"), "x/checkpoint.pt does not exist"),
         (("sft.py", "--dtype", "int8"), "--dtype int8"),
         (("sft.py", "--demonstrations", "missing.jsonl"), "missing.jsonl"),
