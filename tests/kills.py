@@ -25,6 +25,7 @@ REWARD += ["--epochs=4", "--out=reward"]
 PPO = ["--sft=sft", "--base=base", "--reward_model=reward", "--trust", "--iterations=8"]
 PPO += ["--batch_size=8", "--minibatch_size=4", "--max_new_tokens=10", "--eval_prompts=4"]
 PPO += ["--kl_target=3", "--out=ppo"]
+MOST_KILLS = 5  # of a run: on a busy machine none might ever come to its end
 STAGES = {"sft.py": SFT, "reward.py": REWARD, "ppo.py": PPO}
 
 
@@ -65,12 +66,13 @@ def fingerprint(value: object) -> object:
 
 
 def kill_until_done(script: str, folder: Path, longest: float, rng: random.Random) -> int:
-    """Runs a stage to its end, in attempts that mostly last less than `longest` seconds."""
+    """Runs a stage to its end; its first attempts mostly last less than `longest` seconds."""
     kills = 0
     while True:
         process = start(script, folder)
         try:
-            status = process.wait(timeout=rng.uniform(0.3, 1.15) * longest)
+            patience = rng.uniform(0.3, 1.15) * longest
+            status = process.wait(timeout=patience if kills < MOST_KILLS else None)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
