@@ -8,8 +8,10 @@ import torch
 from torch import tensor
 
 import ppo
+from data.tokenizer import get_tokenizer
 from model import (
     GPT,
+    Codec,
     GPTConfig,
     ScalarModel,
     adam,
@@ -87,6 +89,46 @@ def test_without_penalty_the_last_token_alone_is_rewarded():
 def test_equal_models_leave_the_score():
     rewards = kl_penalised_rewards(SCORES, LOGPROBS, LOGPROBS.clone(), LENGTHS, 5.0)
     close(rewards, [0, 0, 2.0, -1.0, 0, 0.5], 0)
+
+
+def tiny_models():
+    """Four networks of random weights; the policy draws every token now and then."""
+    torch.manual_seed(0)
+    codec = Codec(get_tokenizer("toy"), "{prompt}")
+    gpt = GPT(GPTConfig(codec.tokenizer.n_vocab, 16, 1, 1, 4)).eval()
+    networks = (copy.deepcopy(gpt), gpt, ScalarModel(gpt), ScalarModel(gpt), gpt)
+    return ppo.Models(*networks, codec, [])
+
+
+def test_a_response_without_an_end_gets_the_score_for_that():
+    models, prompts = tiny_models(), [[1, 2], [3], [4, 5]]
+
+    def scores(missing_eos_score):
+        config = ppo.Config(max_new_tokens=4, missing_eos_score=missing_eos_score, device="cpu")
+        seed = torch.Generator().manual_seed(0)
+        return ppo.sample_and_score(models, prompts, config, 0.1, seed)
+
+    first = scores(-7.0)
+    assert first.ended.tolist() == [0, 0, 0] and first.scores.tolist() == [-7, -7, -7]
+    models.codec.eos = first.responses[1][0]  # which the same random numbers draw again
+    rollout, own = scores(-7.0), scores(math.nan)
+    assert rollout.ended.tolist() == [0, 1, 0] and rollout.lengths.tolist() == [4, 1, 4]
+    assert rollout.scores[[0, 2]].tolist() == [-7, -7]
+    assert rollout.scores[1] == own.scores[1] != -7 and not (own.scores == -7).any()
+
+
+def test_micro_batches_meet_their_own_old_logprobs():
+    models, n = tiny_models(), tensor([3, 1, 2])
+    x = torch.randn(5, 6)
+    prompts, responses = [[1, 2], [3], [4, 5]], [[6, 7, 8], [9], [10, 11]]
+    rollout = ppo.Rollout(prompts, responses, n, n, n, x[0] - 7, *x[[0, 1, 2, 3]])
+    columns = (rollout.old_logprobs, rollout.advantages, rollout.old_values, rollout.returns)
+    known, found = torch.stack(columns, dim=1).split(n.tolist()), []
+    for max_tokens in (10**6, 5):  # one micro-batch, three
+        config, stats = ppo.Config(max_tokens=max_tokens, device="cpu"), ppo.defaultdict(list)
+        losses = list(ppo.minibatch_losses(models, rollout, known, [2, 0, 1], config, stats))
+        found.append(sum(loss.item() * n for loss, n in losses))
+    assert len(losses) == 3 and found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_every_epoch_sees_each_response_once(monkeypatch):
