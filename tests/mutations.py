@@ -153,7 +153,7 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("global_random_numbers", MODEL, "model.py", "max_new_tokens, generator=generator)",
      "max_new_tokens)"),
     # what a checkpoint holds
-    ("resume_forgets_the_kl_coefficient", RUNS, "ppo.py",
+    ("resume_forgets_the_kl_coefficient", PPO, "ppo.py",
      'self.kl_coef = state["kl_coef"]', "pass"),
     ("resume_forgets_the_optimiser", RUNS, "model.py",
      "restore(thing, saved[\"model\"] if name == \"model\" else saved[\"training\"][name])",

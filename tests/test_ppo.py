@@ -91,6 +91,12 @@ def test_equal_models_leave_the_score():
     close(rewards, [0, 0, 2.0, -1.0, 0, 0.5], 0)
 
 
+def test_an_adapted_kl_coefficient_survives_a_resume():
+    penalty = ppo.Penalty(0.3)
+    penalty.load_state_dict(ppo.Penalty(0.7).state_dict())
+    assert penalty.kl_coef == 0.7
+
+
 def tiny_models():
     """Four networks of random weights; the policy draws every token now and then."""
     torch.manual_seed(0)
