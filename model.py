@@ -424,8 +424,8 @@ def pack(
     refuse_empty(prompts)
     pairs = list(zip(prompts, responses, strict=True))
     tokens = torch.tensor([t for p, r in pairs for t in p + r], dtype=torch.long)
-    sizes = [n for p, r in pairs for n in (len(p), len(r))]  # alternating
-    sizes = torch.tensor(sizes, dtype=torch.long)  # (2B,)
+    # (2B,) lengths of a prompt and its response, alternating
+    sizes = torch.tensor([n for p, r in pairs for n in (len(p), len(r))], dtype=torch.long)
     is_response = torch.tensor([False, True]).repeat(len(pairs)).repeat_interleave(sizes)
     lengths = sizes.view(-1, 2).sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -1098,20 +1098,23 @@ def placed(model: nn.Module, config: RunConfig) -> Any:
     return model
 
 
-def gathered(state: Any) -> Any:
-    """A tensor, or all in nested dicts and lists, with no part on another process; all call it."""
+def gathered(state: Any, keep: Callable[[Tensor], Any] = Tensor.detach) -> Any:
+    """A tensor, or all in nested dicts and lists, with no part on another process; all call it.
+
+    Of what was in parts, keep(whole) is returned, before the next one is put together.
+    """
     if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
+        return {key: gathered(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [gathered(value) for value in state]
-    return state.full_tensor().detach() if isinstance(state, DTensor) else state
+        return [gathered(value, keep) for value in state]
+    return keep(state.full_tensor()) if isinstance(state, DTensor) else state
 
 
-def state_of(thing: Any) -> Any:
+def state_of(thing: Any, keep: Callable[[Tensor], Any] = Tensor.detach) -> Any:
     """Its state_dict, gathered."""
     if isinstance(thing, FSDPModule):
         thing.reshard()  # what its last pass left together
-    return gathered(thing.state_dict())
+    return gathered(thing.state_dict(), keep)
 
 
 def whole(model: GPT) -> GPT:
@@ -1396,7 +1399,8 @@ class Run:
         return saved["sizes"]
 
     def save(self) -> None:
-        state = {name: state_of(thing) for name, thing in self.state.items()}
+        keep = (lambda whole: whole.detach().cpu()) if self.first else lambda whole: None
+        state = {name: state_of(thing, keep) for name, thing in self.state.items()}
         if self.first:
             self._write(state)
         all_shares(None)  # nobody goes on to read what is not there yet
