@@ -491,6 +491,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with GPT-2's parameter names, so that weights load by name; the head is tied to wte."""
 
+    recompute = False  # in the backward pass, a block's activations: memory for a third more time
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -525,7 +527,11 @@ class GPT(nn.Module):
         """(T,), (T,) -> hidden (T, C); attend(layer, qkv (T, 3, H, D)) -> (T, H, D)."""
         x = self.drop(self.wte(tokens) + self.wpe(positions))
         for layer, block in enumerate(self.h):
-            x = block(x, functools.partial(attend, layer))
+            arguments = block, x, functools.partial(attend, layer)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(*arguments, use_reentrant=False)
+            else:
+                x = block(*arguments[1:])
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
@@ -811,6 +817,27 @@ def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
     return model.body(batch.tokens, batch.positions, attend)[batch.cu_seqlens[1:].long() - 1]
 
 
+def without_autocast(sample: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast, gives sample(model, ...) a copy of the model in that precision instead:
+    autocast would cast all weights again for every token."""
+
+    @functools.wraps(sample)
+    def wrapped(model: GPT, *args, **kwargs) -> Any:
+        device = model.wte.weight.device.type
+        if not torch.is_autocast_enabled(device):
+            return sample(model, *args, **kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.device("meta"):
+            low = GPT(model.config)
+        state = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+        low.load_state_dict(state, assign=True)
+        with torch.autocast(device, enabled=False):
+            return sample(low, *args, **kwargs)
+
+    return wrapped
+
+
+@without_autocast
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -899,6 +926,7 @@ class RunConfig:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     dtype: str = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
     max_tokens: int = 16384  # tokens in one network pass: lower it when memory runs out
+    recompute: bool = False  # keep no activations within blocks: less memory, a third more time
     shard: bool = False  # spread weights, gradients and optimiser states over torchrun's processes
     save_every: int = 100  # steps between checkpoints
     resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
@@ -1085,6 +1113,9 @@ def placed(model: nn.Module, config: RunConfig) -> Any:
     """
     device, (_, world) = resolve_device(config.device), rank_and_world()
     model = model.to(device)
+    for part in model.modules():
+        if isinstance(part, GPT):
+            part.recompute = config.recompute
     if config.shard:
         if not torch.distributed.is_initialized():
             raise ValueError("--shard needs several processes: torchrun --nproc_per_node=2 ...")
@@ -1162,6 +1193,28 @@ def adam(models: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
     """One optimiser for all (model, peak learning rate): InstructGPT's betas, no weight decay."""
     groups = [{"params": list(m.parameters()), "lr": lr, "peak_lr": lr} for m, lr in models]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+
+
+def budget(
+    models: dict[str, Any], optimizer: torch.optim.Optimizer, rows: int = 0, length: int = 0
+) -> str:
+    """One line: the networks' parameters, and the bytes of all that a run holds but activations.
+
+    rows, length: of the key-value cache.
+    """
+    networks = {name: m for name, m in models.items() if isinstance(m, nn.Module)}
+    gpt = next(m for m in next(iter(networks.values())).modules() if isinstance(m, GPT))
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    distinct = {id(p): p.numel() for m in networks.values() for p in m.parameters()}
+    numbers = {
+        "weights": sum(distinct.values()),
+        "gradients": trained,
+        "Adam's moments": 2 * trained,
+        "key-value cache": 2 * gpt.config.n_layer * gpt.config.n_embd * rows * length,
+    }
+    sizes = [f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.1f}" for k, m in networks.items()]
+    parts = [f"{k} {4 * n / 2**20:.1f}" for k, n in numbers.items() if n]
+    return f"million parameters: {', '.join(sizes)}; MB in fp32: {', '.join(parts)}"
 
 
 def lr_schedule(step: int, steps: int, warmup: int) -> float:

@@ -45,6 +45,7 @@ from model import (
     adam,
     all_shares,
     batches,
+    budget,
     command,
     documents,
     generate,
@@ -352,7 +353,7 @@ def minibatch_losses(
     config: Config,
     stats: dict[str, list[float]],
 ) -> Iterator[tuple[Tensor, int]]:
-    """The loss of each micro-batch of the chosen responses, and its number of tokens."""
+    """The losses of each micro-batch of the chosen responses, and its number of tokens."""
     prompts, responses = ([x[b] for b in chosen] for x in (rollout.prompts, rollout.responses))
     rows, at = torch.cat([known[b] for b in chosen] or [known[0][:0]]), 0  # (n, 4)
     # no weight between two losses that share no parameter: Adam would take it out again
@@ -361,9 +362,11 @@ def minibatch_losses(
         n = len(batch.where)
         old_logprobs, advantages, old_values, returns = rows[at : at + n].unbind(1)
         logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
-        values = models.value_model.values(batch)
         policy = policy_loss(logprobs, old_logprobs, advantages, config.cliprange)
+        yield policy, n  # its activations are gone before those of the value model arise
+        values = models.value_model.values(batch)
         value = value_loss(values, old_values, returns, config.cliprange_value)
+        yield vf_coef * value, n
         log_ratio = (logprobs - old_logprobs).detach()
         ratio = log_ratio.exp()
         for name, x in (
@@ -374,7 +377,6 @@ def minibatch_losses(
             ("value/loss", value),
         ):
             stats[name] += [x.item()] if n else []
-        yield policy + vf_coef * value, n
         at += n
 
 
@@ -414,6 +416,8 @@ def train(config: Config) -> dict[str, GPT]:
     state = {"model": policy, "value_model": value_model, "optimizer": optimizer}
     state |= {"penalty": penalty, "average": models.average}
     run = Run("ppo", config, config.out, policy.config, codec, **state)
+    rows, length = min(config.batch_size, 256), policy.config.block_size
+    print(f"ppo: {budget(vars(models), optimizer, rows, length)}")
     texts = training_prompts(config)
     for step in run.steps(config.iterations):
         start, seed = time.time(), (config.seed, "ppo", step)
@@ -437,8 +441,8 @@ def train(config: Config) -> dict[str, GPT]:
         if config.prompts == "toy":  # the hidden rubric: for the reader, no model sees it
             pairs = zip(asked, answers, strict=True)
             metrics["objective/gold"] = sum(toy.gold(*pair) for pair in pairs) / len(asked)
-        shown = ("score", "gold", "kl", "length", "eos_rate")
-        run.log(metrics, shown=[f"objective/{x}" for x in shown])
+        shown = [f"objective/{x}" for x in ("score", "gold", "kl", "length", "eos_rate")]
+        run.log(metrics, shown=[*shown, "tokens_per_second"])
         if step % 10 == 0 or step == config.iterations - 1:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)

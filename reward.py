@@ -45,6 +45,7 @@ from model import (
     adam,
     all_shares,
     batch_at,
+    budget,
     command,
     fit,
     generate,
@@ -257,6 +258,7 @@ def start_from_cue(gpt: GPT, codec: Codec, cue: str) -> None:
 def train(run: Run, comparisons: list[Comparison]) -> None:
     config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
     steps = config.epochs * steps_per_epoch(comparisons, config.batch_size)
+    print(f"reward: {budget({'reward model': model}, optimizer)}")
     for step in run.steps(steps):
         chosen = batch_at(step, comparisons, config.batch_size, config.seed, "reward")
         lr, total = lr_schedule(step, steps, warmup=steps // 20), sum(c.decides for c in chosen)

@@ -35,6 +35,7 @@ from model import (
     adam,
     batch_at,
     batches,
+    budget,
     command,
     documents,
     fit,
@@ -158,6 +159,7 @@ def train(run: Run, pairs: list[Pair], epochs: int, batch_size: int, asked: list
     held_out, pairs = pairs[:held_out], pairs[held_out:]
     epoch_steps = steps_per_epoch(pairs, batch_size)
     steps = epochs * epoch_steps
+    print(f"{run.stage}: {budget({'model': model}, optimizer)}")
     for step in run.steps(steps):
         chosen = batch_at(step, pairs, batch_size, config.seed, run.stage)
         total = sum(len(response) for _, response in chosen)

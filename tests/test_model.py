@@ -17,7 +17,9 @@ from model import (
     GPT,
     GPTConfig,
     ScalarModel,
+    adam,
     attention,
+    budget,
     decode_attention,
     draw,
     generate,
@@ -435,6 +437,66 @@ def test_generate_runs_under_autocast():
     for response in responses:
         assert len(response) == 6 or response[-1] == 0
         assert all(0 <= token < 11 for token in response)
+
+
+def test_under_autocast_weights_are_cast_once_for_sampling(monkeypatch):
+    """Autocast would cast them anew for every token."""
+    gpt, low = tiny_gpt(), tiny_gpt().to(torch.bfloat16)
+    low.load_state_dict(gpt.state_dict())
+    expected = generate(low, PROMPTS, 6, 0, generator=torch.Generator().manual_seed(0))
+    kinds = []
+    real = model_module.decode_attention
+    monkeypatch.setattr(
+        model_module,
+        "decode_attention",
+        lambda *x: kinds.extend([x[0].dtype, x[1].dtype]) or real(*x),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        responses = generate(gpt, PROMPTS, 6, 0, generator=torch.Generator().manual_seed(0))
+    assert responses == expected
+    assert set(kinds) == {torch.bfloat16}  # the cache too
+    assert gpt.wte.weight.dtype == torch.float32
+
+
+# ---- memory ----
+
+
+def test_recompute_keeps_less_and_changes_no_gradient():
+    gpt, batch = tiny_gpt(n_layer=6, dropout=0.5).train(), pack(PROMPTS * 5, RESPONSES * 5)
+
+    def pass_(recompute):
+        """The bytes kept for the backward pass, but for weights; and the gradients."""
+        kept, gpt.recompute = {}, recompute
+        torch.manual_seed(0)
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = token_logprobs(gpt, batch)[0].sum()
+        for p in gpt.parameters():
+            kept.pop(p.untyped_storage().data_ptr(), None)
+        gpt.zero_grad()
+        loss.backward()
+        return sum(kept.values()), [p.grad for p in gpt.parameters()]
+
+    (every, gradients), (few, same) = pass_(False), pass_(True)
+    assert few < every / 4
+    assert all(map(torch.equal, gradients, same))
+
+
+def test_the_budget_counts_every_byte_once():
+    """With 1 layer of C = 64 channels, 9,000 words, 16 positions."""
+    gpt, C = GPT(GPTConfig(9000, 16, 1, 2, 64)), 64
+    n = (9000 + 16) * C + (4 * C + 8 * C) * C + (4 + 5) * C + 3 * 2 * C
+    value = ScalarModel(gpt, shared=True)
+    optimizer = adam([(gpt, 1.0), (value.head, 1.0)])
+    numbers = [n + C + 1, n + C + 1, 2 * (n + C + 1), 2 * 1 * C * 5 * 3000]
+    line = budget({"policy": gpt, "value": value, "reward": abs}, optimizer, 5, 3000)
+    for name, number in zip(("weights", "gradients", "moments", "cache"), numbers, strict=True):
+        assert f"{name} {4 * number / 2**20:.1f}" in line
+    assert "policy 0.6, value 0.6;" in line and "reward" not in line
 
 
 # ---- sampling: one token ----

@@ -134,7 +134,7 @@ def test_micro_batches_meet_their_own_old_logprobs():
         config, stats = ppo.Config(max_tokens=max_tokens, device="cpu"), ppo.defaultdict(list)
         losses = list(ppo.minibatch_losses(models, rollout, known, [2, 0, 1], config, stats))
         found.append(sum(loss.item() * n for loss, n in losses))
-    assert len(losses) == 3 and found[0] == pytest.approx(found[1], rel=1e-5)
+    assert len(losses) == 6 and found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_every_epoch_sees_each_response_once(monkeypatch):
