@@ -13,6 +13,7 @@ H heads of D channels, C = H D channels, V words in the vocabulary, as in GPT-2.
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import functools
@@ -817,27 +818,22 @@ def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
     return model.body(batch.tokens, batch.positions, attend)[batch.cu_seqlens[1:].long() - 1]
 
 
-def without_autocast(sample: Callable[..., Any]) -> Callable[..., Any]:
-    """Under autocast, gives sample(model, ...) a copy of the model in that precision instead:
-    autocast would cast all weights again for every token."""
+@torch.inference_mode(False)  # inside it a sharded model has no state_dict
+def sampling_copy(model: GPT) -> GPT:
+    """The network that generate decodes with: whole if the model is sharded, and in eval mode.
 
-    @functools.wraps(sample)
-    def wrapped(model: GPT, *args, **kwargs) -> Any:
-        device = model.wte.weight.device.type
-        if not torch.is_autocast_enabled(device):
-            return sample(model, *args, **kwargs)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.device("meta"):
-            low = GPT(model.config)
-        state = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-        low.load_state_dict(state, assign=True)
-        with torch.autocast(device, enabled=False):
-            return sample(low, *args, **kwargs)
-
-    return wrapped
+    Its weights have autocast's precision: it would cast them anew for every token.
+    """
+    device = model.wte.weight.device.type
+    low = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if low else model.wte.weight.dtype
+    with torch.device("meta"):
+        copied = GPT(model.config)
+    weights = {name: w.to(dtype) for name, w in state_of(model).items()}
+    copied.load_state_dict(weights, assign=True)  # shares them if nothing has to be changed
+    return copied.eval()
 
 
-@without_autocast
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -857,7 +853,7 @@ def generate(
     ValueError if the longest prompt and max_new_tokens exceed block_size.
     """
     refuse_empty(prompts)
-    config, device = model.config, model.wte.weight.device
+    model, config, device = sampling_copy(model), model.config, model.wte.weight.device
     S = max(map(len, prompts), default=1) + max_new_tokens
     if S > config.block_size:
         raise ValueError(
@@ -874,8 +870,7 @@ def generate(
     def attend(layer: int, qkv: Tensor) -> Tensor:
         return decode_attention(qkv.to(cache.dtype), cache[layer][:, : len(qkv)], lengths)
 
-    admitted, training = 0, model.training
-    model.eval()
+    admitted = 0
     while len(who) or admitted < len(prompts):
         if admitted < len(prompts) and len(who) <= R * 3 // 4:  # in bulk, not one at a time
             new = prompts[admitted : admitted + R - len(who)]
@@ -896,7 +891,6 @@ def generate(
             who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
         hidden = model.body(tokens, lengths, attend) if live else hidden[:0]
         lengths = lengths + 1
-    model.train(training)
     return responses
 
 
@@ -978,6 +972,7 @@ def command(main: Callable[[Any], Any], config_class: type, presets: Presets) ->
         config = parse(config_class, presets)
         if "RANK" in os.environ:  # torchrun has started us
             torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(torch.distributed.destroy_process_group)  # else its threads may abort
         with redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()):
             main(config)
     except KeyboardInterrupt:

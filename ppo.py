@@ -265,7 +265,7 @@ def sample_and_score(
 ) -> Rollout:
     mine, eos = my_share(prompts), models.codec.eos
     limits = (config.max_new_tokens, eos, config.temperature)
-    sampled = generate(whole(models.policy), mine, *limits, generator=seed)
+    sampled = generate(models.policy, mine, *limits, generator=seed)
     responses, columns = of_all(sampled, score(models, mine, sampled, config))
     lengths, scores, logprobs, ref_logprobs, values = columns
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)

@@ -54,7 +54,6 @@ from model import (
     state_of,
     steps_per_epoch,
     token_logprobs,
-    whole,
 )
 
 
@@ -126,7 +125,7 @@ class Selection:
         prompts, epoch = [prompt for prompt, _ in held_out], len(self.epochs) + 1
         new = min(80, model.config.block_size - max(map(len, prompts)))
         seed = generator(self.config.seed, "selection", epoch)
-        responses = generate(whole(model), prompts, new, self.codec.eos, generator=seed)
+        responses = generate(model, prompts, new, self.codec.eos, generator=seed)
         scores = map(self.reward_model.score, batches(prompts, responses, self.config))
         score, loss = torch.cat(list(scores)).mean().item(), mean_loss(model, held_out, self.config)
         if score > max((e["reward_score"] for e in self.epochs), default=-math.inf):
@@ -185,7 +184,7 @@ def show_samples(run: Run, model: GPT, asked: list[str], step: int) -> None:
     prompts = [run.codec.prompt(text) for text in asked]
     new = min(80, model.config.block_size - max(map(len, prompts)))
     seed = generator(run.config.seed, run.stage, step)
-    answers = generate(whole(model), prompts, new, run.codec.eos, generator=seed)
+    answers = generate(model, prompts, new, run.codec.eos, generator=seed)
     for text, answer in zip(asked, answers, strict=True):
         run.sample(f"[step {step}] {text}", run.codec.text(answer))
 

@@ -134,7 +134,8 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("context_not_checked", MODEL, "model.py", "if S > config.block_size:",
      "if S > config.block_size + 1:"),
     # sampling
-    ("dropout_in_sampling", MODEL, "model.py", "    model.eval()\n    while", "    while"),
+    ("dropout_in_sampling", MODEL, "model.py", "    return copied.eval()\n\n\n@torch",
+     "    return copied\n\n\n@torch"),
     ("always_top_k", MODEL, "model.py", "uniform[who, step], temperature, top_k)",
      "uniform[who, step], temperature, top_k or 8)"),
     ("temperature_twice", MODEL, "model.py", "logits = logits.float() / temperature",
