@@ -3,13 +3,15 @@
     pip install -e '.[bench]' && taskset -c 0 python tests/bench.py        # about ten minutes
     taskset -c 0 python tests/bench.py --sizes S --tasks generate ppo      # parts of it
 
-Every pair runs alternately in one process and one thread; a number is the median of its runs in
-processor time, which other programs on the machine disturb less than they disturb the clock. S is a
-GPT of 4 layers, 128 channels, 1,024 tokens; M is GPT-2 small. Weights are random, the same in both.
+Pairs run alternately in one process and one thread, trainers one after the other; a number is the
+median of its runs in processor time, which other programs on the machine disturb less than they
+disturb the clock. S is a GPT of 4 layers, 128 channels, 1,024 tokens; M is GPT-2 small. Weights are
+random.
 """
 
 import argparse
 import copy
+import multiprocessing
 import os
 import resource
 import statistics
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -26,7 +29,6 @@ os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback  # noqa: E402
 
 import model as model_module  # noqa: E402
 import ppo  # noqa: E402
@@ -35,6 +37,7 @@ from data.tokenizer import get_tokenizer  # noqa: E402
 from model import (  # noqa: E402
     GPT,
     Codec,
+    GPTConfig,
     Run,
     RunConfig,
     ScalarModel,
@@ -53,7 +56,10 @@ PROMPT, NEW = 32, 64
 NO_EOS = 10**9
 
 
-def both(size: str) -> tuple[GPT, GPT2LMHeadModel]:
+def both(size: str) -> tuple[GPT, Any]:
+    """The same network twice: ours, and a GPT2LMHeadModel of transformers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -77,11 +83,15 @@ def alternately(repeats: int, **runs: Callable[[], object]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def peak() -> float:
+    """The most memory this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def row(task: str, work: int, ours: float, **peers: float) -> None:
     """A line of the table: our tokens a second, and how many times longer each peer takes."""
     times = "  ".join(f"{peer} {seconds / ours:5.2f}x" for peer, seconds in peers.items())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{task:32s} {work / ours:9.0f} tok/s  {times}  (peak {memory:.1f} GB)", flush=True)
+    print(f"{task:32s} {work / ours:9.0f} tok/s  {times}", flush=True)
 
 
 # ---- rollouts
@@ -155,16 +165,17 @@ def ragged_texts(size: str, n: int) -> list[list[int]]:
     return [torch.randint(1, 1000, (int(x),), generator=g).tolist() for x in lengths]
 
 
-class StepTimes(TrainerCallback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+def step_times() -> tuple[Any, Callable[[], list[float]]]:
+    """A callback for trainers, and the seconds of every step but the first."""
+    from transformers import TrainerCallback
 
-    def on_step_end(self, *_, **__) -> None:
-        self.ends.append(time.process_time())
+    ends: list[float] = []
 
-    def seconds(self) -> list[float]:
-        """Of every step but the first, which also sets things up."""
-        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+    class StepTimes(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            ends.append(time.process_time())
+
+    return StepTimes(), lambda: [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def quiet(folder: str, **flags) -> dict:
@@ -196,7 +207,7 @@ def bench_sft(size: str, repeats: int) -> None:
         }
 
     with tempfile.TemporaryDirectory() as folder:
-        times = StepTimes()
+        times, seconds = step_times()
         flags = quiet(folder, per_device_train_batch_size=batch, max_steps=steps, max_grad_norm=1.0)
         data = Dataset.from_list([{"input_ids": text} for text in texts])
         theirs.train()
@@ -211,33 +222,34 @@ def bench_sft(size: str, repeats: int) -> None:
         losses = ((sft.sft_loss(ours, b), len(b.where)) for b in batches(prompts, rest, config))
         optimizer_step(optimizer, losses, sum(map(len, rest)))
         own.append(time.process_time() - began)
-    row(f"sft {size} batch {batch}", tokens, sum(own[1:]), HF_Trainer=sum(times.seconds()))
+    row(f"sft {size} batch {batch}", tokens, sum(own[1:]), HF_Trainer=sum(seconds()))
 
 
 # ---- PPO
 
 
-def bench_ppo(size: str, repeats: int) -> None:
-    from datasets import Dataset
-    from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+PPO_NEW, PPO_EPOCHS = 48, 4
+PPO_BATCH = {"S": 64, "M": 8}
 
-    batch, new, epochs = (64, 48, 4) if size == "S" else (8, 48, 4)
-    ours, theirs = both(size)
+
+def ppo_prompts() -> list[list[int]]:
     lengths = torch.randint(16, 33, (512,), generator=generator("prompts"))
     g = generator("ids")
-    prompts = [torch.randint(1, 1000, (int(n),), generator=g).tolist() for n in lengths]
+    return [torch.randint(1, 1000, (int(n),), generator=g).tolist() for n in lengths]
 
-    # ours: the same iteration as ppo.train
-    score = ScalarModel(ours).eval()
-    value = ScalarModel(ours).eval()
-    policy, reference = GPT(ours.config).eval(), ours
-    policy.load_state_dict(ours.state_dict())
+
+def our_ppo(size: str, repeats: int) -> tuple[float, float]:
+    """Seconds of an iteration of ppo.train, and the peak of this process's memory in GB."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    batch, prompts = PPO_BATCH[size], ppo_prompts()
+    policy, average = (GPT(GPTConfig(*SIZES[size])).eval() for _ in range(2))
+    reference, score, value = copy.deepcopy(policy), ScalarModel(policy), ScalarModel(policy)
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     codec.eos = NO_EOS  # responses of full length, as theirs
-    models = ppo.Models(policy, reference, score, value, ours, codec, [])
-    config = ppo.Config(batch_size=batch, minibatch_size=batch, ppo_epochs=epochs)
-    config.max_new_tokens, config.missing_eos_score = new, float("nan")
+    models = ppo.Models(policy, reference, score.eval(), value.eval(), average, codec, [])
+    config = ppo.Config(batch_size=batch, minibatch_size=batch, ppo_epochs=PPO_EPOCHS)
+    config.max_new_tokens, config.missing_eos_score = PPO_NEW, float("nan")
     optimizer, own = adam([(policy, 3e-6), (value, 3e-6)]), []
     for step in range(repeats + 1):
         began = time.process_time()
@@ -245,13 +257,22 @@ def bench_ppo(size: str, repeats: int) -> None:
         rollout = ppo.sample_and_score(models, asked, config, 0.05, generator("ppo", step))
         ppo.update(models, optimizer, rollout, config, 1.0, ("ppo", step))
         own.append(time.process_time() - began)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"ppo {size}: ours alone peaks at {memory:.2f} GB", flush=True)
+    return statistics.median(own[1:]), peak()
 
-    # theirs
+
+def their_ppo(size: str, repeats: int) -> tuple[float, float]:
+    from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers import models as tokenizer_models
+    from transformers import (
+        GPT2ForSequenceClassification,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    torch.set_num_threads(1)
+    batch, (_, theirs) = PPO_BATCH[size], both(size)
     words = {f"w{i}": i for i in range(1023)} | {"<|endoftext|>": 1023}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(tokenizer_models.WordLevel(words, unk_token="w0")),
@@ -266,12 +287,12 @@ def bench_ppo(size: str, repeats: int) -> None:
     ref = GPT2LMHeadModel(theirs.config)
     ref.load_state_dict(theirs.state_dict())
     with tempfile.TemporaryDirectory() as folder:
-        times = StepTimes()
+        times, seconds = step_times()
         flags = quiet(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
-        flags |= {"num_mini_batches": 1, "num_ppo_epochs": epochs, "response_length": new}
+        flags |= {"num_mini_batches": 1, "num_ppo_epochs": PPO_EPOCHS, "response_length": PPO_NEW}
         flags |= {"total_episodes": batch * (repeats + 1), "num_sample_generations": 0}
         flags |= {"local_rollout_forward_batch_size": batch, "eval_strategy": "no"}
-        data = Dataset.from_list([{"input_ids": p} for p in prompts])
+        data = Dataset.from_list([{"input_ids": p} for p in ppo_prompts()])
         trainer = PPOTrainer(
             args=PPOConfig(**flags),
             processing_class=tokenizer,
@@ -284,12 +305,18 @@ def bench_ppo(size: str, repeats: int) -> None:
             callbacks=[times],
         )
         trainer.train()
-    row(
-        f"ppo {size} batch {batch}",
-        batch * new,
-        statistics.median(own[1:]),
-        TRL=statistics.median(times.seconds()),
-    )
+    return statistics.median(seconds()), peak()
+
+
+def bench_ppo(size: str, repeats: int) -> None:
+    """Each in a process of its own, so that its memory is its own."""
+    found = []
+    for run in (our_ppo, their_ppo):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(run, (size, repeats)))
+    (ours, our_peak), (theirs, their_peak) = found
+    row(f"ppo {size} batch {PPO_BATCH[size]}", PPO_BATCH[size] * PPO_NEW, ours, TRL=theirs)
+    print(f"ppo {size}: {ours:.2f} s an iteration, peaks {our_peak:.2f} GB, TRL's {their_peak:.2f}")
 
 
 # ---- growth
@@ -322,9 +349,6 @@ def bench_checkpoint(size: str, _: int) -> None:
     )
     state = {"model": policy, "value_model": value, "optimizer": optimizer, "average": average}
     codec = Codec(get_tokenizer("toy"), "{prompt}")
-
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     with tempfile.TemporaryDirectory() as folder:
         config, before = ppo.Config(out=folder, resume=True), peak()
