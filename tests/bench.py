@@ -2,15 +2,19 @@
 
     pip install -e '.[bench]' && taskset -c 0 python tests/bench.py        # about ten minutes
     taskset -c 0 python tests/bench.py --sizes S --tasks generate ppo      # parts of it
+    python tests/bench.py --gpu                      # larger batches, in bfloat16, on a GPU
 
 Pairs run alternately in one process and one thread, trainers one after the other; a number is the
 median of its runs in processor time, which other programs on the machine disturb less than they
-disturb the clock. S is a GPT of 4 layers, 128 channels, 1,024 tokens; M is GPT-2 small. Weights are
-random.
+disturb the clock. S is a GPT of 4 layers, 128 channels, 1,024 tokens; M is GPT-2 small, L medium.
+Weights are random. "Floor": the share of our time that the matrix products alone would take at the
+rate of one large product, or the reading of all weights where that takes longer. No GPU has run
+this yet.
 """
 
 import argparse
 import copy
+import functools
 import multiprocessing
 import os
 import resource
@@ -51,7 +55,16 @@ from model import (  # noqa: E402
 SIZES = {  # vocabulary, context, layers, heads, channels
     "S": (1024, 256, 4, 4, 128),
     "M": (50257, 1024, 12, 12, 768),
+    "L": (50257, 1024, 24, 16, 1024),
 }
+GPU = "--gpu" in sys.argv
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+GENERATE_BATCH = {"S": (1, 16, 64), "M": (1, 16), "L": (1,)}
+SFT_BATCH, PPO_BATCH = {"S": 32, "M": 8, "L": 8}, {"S": 64, "M": 8, "L": 8}
+if GPU:
+    GENERATE_BATCH = dict.fromkeys(SIZES, (16, 256))
+    SFT_BATCH, PPO_BATCH = dict.fromkeys(SIZES, 64), dict.fromkeys(SIZES, 512)
+PPO_NEW, PPO_EPOCHS = 48, 4
 PROMPT, NEW = 32, 64
 NO_EOS = 10**9
 
@@ -68,30 +81,83 @@ def both(size: str) -> tuple[GPT, Any]:
     theirs = GPT2LMHeadModel(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return GPT.load(folder).eval(), theirs
+        return GPT.load(folder).eval().to(DEVICE), theirs.to(DEVICE)
+
+
+def our_precision() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=GPU, cache_enabled=False)
+
+
+def clock() -> float:
+    """Seconds: of the processor or, where there is a GPU, of the wall once it has done its work."""
+    if not GPU:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def alternately(repeats: int, **runs: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of processor time of each, after one run that does not count."""
+    """Median seconds of each, after one run that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            began = time.process_time()
+            began = clock()
             run()
             if repeat:
-                seconds[name].append(time.process_time() - began)
+                seconds[name].append(clock() - began)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 def peak() -> float:
     """The most memory this process has held, in GB."""
+    if GPU:
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def row(task: str, work: int, ours: float, **peers: float) -> None:
-    """A line of the table: our tokens a second, and how many times longer each peer takes."""
+def row(task: str, work: int, floor: float, ours: float, **peers: float) -> None:
+    """A line of the table: our tokens a second, the floor in seconds as a share of our time, and
+    how many times longer each peer takes."""
     times = "  ".join(f"{peer} {seconds / ours:5.2f}x" for peer, seconds in peers.items())
-    print(f"{task:32s} {work / ours:9.0f} tok/s  {times}", flush=True)
+    print(f"{task:32s} {work / ours:9.0f} tok/s  floor {floor / ours:4.0%}  {times}", flush=True)
+
+
+# ---- floors
+
+
+def parameters(size: str) -> tuple[int, int]:
+    """Of the blocks' matrices, and of the head's."""
+    vocab, _, n_layer, _, n_embd = SIZES[size]
+    return 12 * n_layer * n_embd**2, vocab * n_embd
+
+
+@functools.cache
+def rates(size: str) -> tuple[float, float]:
+    """Operations a second of a large matrix product; bytes a second of one row times as many
+    numbers as the model has weights."""
+    n = 8192 if GPU else 1024
+    square = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    tall = torch.randn(sum(parameters(size)) // n, n, device=DEVICE, dtype=DTYPE)
+    seconds = alternately(9, product=lambda: square @ square, reading=lambda: tall @ square[0])
+    bytes = tall.numel() * tall.element_size()
+    print(f"{size}: {2e-9 * n**3 / seconds['product']:.0f} GFLOP/s, "
+          f"{1e-9 * bytes / seconds['reading']:.0f} GB/s")  # fmt: skip
+    return 2 * n**3 / seconds["product"], bytes / seconds["reading"]
+
+
+def decode_floor(size: str, prompt_tokens: int, limits: list[int]) -> float:
+    """Seconds for responses of these lengths, of which those that have not ended share a step."""
+    (flops, bandwidth), (body, head) = rates(size), parameters(size)
+    reading = (body + head) * DTYPE.itemsize / bandwidth
+    live = [sum(limit > step for limit in limits) for step in range(max(limits))]
+    steps = sum(max(reading, 2 * (body + head) * rows / flops) for rows in live)
+    return 2 * body * prompt_tokens / flops + steps
+
+
+def training_floor(size: str, tokens: int, predicted: int, passes: int = 3) -> float:
+    """Seconds of a forward pass, which counts 1, and of its backward pass, which counts 2."""
+    body, head = parameters(size)
+    return 2 * passes * (body * tokens + head * predicted) / rates(size)[0]
 
 
 # ---- rollouts
@@ -108,7 +174,7 @@ def ending_after(limits: torch.Tensor | None) -> Iterator[int]:
     def draw(*args) -> torch.Tensor:
         rows = sys._getframe(1).f_locals  # of generate: the prompt and the step of each row
         tokens = real(*args).clamp(min=1)
-        return torch.where(rows["step"] + 1 >= limits[rows["who"]], 0, tokens)
+        return torch.where(rows["step"] + 1 >= limits.to(DEVICE)[rows["who"]], 0, tokens)
 
     with mock.patch.object(model_module, "draw", draw):
         yield 0
@@ -118,7 +184,7 @@ class EndsAfter:
     """Theirs: a stopping criterion for each row."""
 
     def __init__(self, limits: torch.Tensor):
-        self.limits = limits
+        self.limits = limits.to(DEVICE)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
         return ids.shape[1] - PROMPT >= self.limits
@@ -126,31 +192,34 @@ class EndsAfter:
 
 def bench_generate(size: str, repeats: int) -> None:
     ours, theirs = both(size)
-    for batch in (1, 16, 64) if size == "S" else (1, 16):
+    theirs.to(DTYPE)
+    for batch in GENERATE_BATCH[size]:
         prompts = torch.randint(1, 1000, (batch, PROMPT), generator=generator("prompts"))
         ragged = torch.randint(8, NEW + 1, (batch,), generator=generator("limits"))
         for name, limits in (("even", None), ("ragged", ragged)):
             flags = {"max_new_tokens": NEW, "do_sample": True, "top_k": 0, "pad_token_id": 0}
-            flags |= {"eos_token_id": None, "attention_mask": torch.ones_like(prompts)}
+            mask = torch.ones_like(prompts, device=DEVICE)
+            flags |= {"eos_token_id": None, "attention_mask": mask}
             if limits is not None:
                 flags["stopping_criteria"] = [EndsAfter(limits)]
 
             def run_ours(limits=limits, prompts=prompts) -> None:
-                with ending_after(limits) as eos:
+                with ending_after(limits) as eos, our_precision():
                     rows, seed = prompts.tolist(), generator("draw")
                     found = generate(ours, rows, NEW, eos, generator=seed)
                 assert limits is None or [len(x) for x in found] == limits.tolist()
 
             def run_theirs(prompts=prompts, flags=flags, **cache) -> None:
                 with torch.inference_mode():
-                    theirs.generate(prompts, **flags, **cache)
+                    theirs.generate(prompts.to(DEVICE), **flags, **cache)
 
             runs = {"ours": run_ours, "HF": run_theirs}
             if size == "S":
                 runs["HF_static"] = lambda go=run_theirs: go(cache_implementation="static")
             seconds = alternately(repeats, **runs)
-            work = int(limits.sum()) if limits is not None else batch * NEW
-            row(f"generate {size} batch {batch} {name}", work, **seconds)
+            lengths = [NEW] * batch if limits is None else limits.tolist()
+            floor = decode_floor(size, prompts.numel(), lengths)
+            row(f"generate {size} batch {batch} {name}", sum(lengths), floor, **seconds)
 
 
 # ---- fine-tuning
@@ -173,15 +242,15 @@ def step_times() -> tuple[Any, Callable[[], list[float]]]:
 
     class StepTimes(TrainerCallback):
         def on_step_end(self, *_, **__) -> None:
-            ends.append(time.process_time())
+            ends.append(clock())
 
     return StepTimes(), lambda: [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def quiet(folder: str, **flags) -> dict:
-    base = {"output_dir": folder, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    base = {"output_dir": folder, "use_cpu": not GPU, "report_to": "none", "disable_tqdm": True}
     base |= {"save_strategy": "no", "logging_strategy": "no", "dataloader_num_workers": 0}
-    base |= {"bf16": False, "gradient_checkpointing": False}
+    base |= {"bf16": GPU, "gradient_checkpointing": False}
     return base | flags
 
 
@@ -189,8 +258,7 @@ def bench_sft(size: str, repeats: int) -> None:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    batch = 32 if size == "S" else 8
-    steps = repeats + 1
+    batch, steps = SFT_BATCH[size], repeats + 1
     ours, theirs = both(size)
     texts = ragged_texts(size, batch * steps)
     tokens = sum(len(t) - 1 for t in texts[batch:])  # the first step does not count
@@ -217,19 +285,17 @@ def bench_sft(size: str, repeats: int) -> None:
 
     optimizer, config, own = adam([(ours, 1e-5)]), RunConfig(), []
     for i in range(0, len(texts), batch):
-        began = time.process_time()
+        began = clock()
         prompts, rest = [t[:1] for t in texts[i : i + batch]], [t[1:] for t in texts[i : i + batch]]
         losses = ((sft.sft_loss(ours, b), len(b.where)) for b in batches(prompts, rest, config))
-        optimizer_step(optimizer, losses, sum(map(len, rest)))
-        own.append(time.process_time() - began)
-    row(f"sft {size} batch {batch}", tokens, sum(own[1:]), HF_Trainer=sum(seconds()))
+        with our_precision():
+            optimizer_step(optimizer, losses, sum(map(len, rest)))
+        own.append(clock() - began)
+    floor = training_floor(size, tokens, tokens)
+    row(f"sft {size} batch {batch}", tokens, floor, sum(own[1:]), HF_Trainer=sum(seconds()))
 
 
 # ---- PPO
-
-
-PPO_NEW, PPO_EPOCHS = 48, 4
-PPO_BATCH = {"S": 64, "M": 8}
 
 
 def ppo_prompts() -> list[list[int]]:
@@ -245,6 +311,8 @@ def our_ppo(size: str, repeats: int) -> tuple[float, float]:
     batch, prompts = PPO_BATCH[size], ppo_prompts()
     policy, average = (GPT(GPTConfig(*SIZES[size])).eval() for _ in range(2))
     reference, score, value = copy.deepcopy(policy), ScalarModel(policy), ScalarModel(policy)
+    for network in (policy, average, reference, score, value):
+        network.to(DEVICE)
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     codec.eos = NO_EOS  # responses of full length, as theirs
     models = ppo.Models(policy, reference, score.eval(), value.eval(), average, codec, [])
@@ -252,11 +320,12 @@ def our_ppo(size: str, repeats: int) -> tuple[float, float]:
     config.max_new_tokens, config.missing_eos_score = PPO_NEW, float("nan")
     optimizer, own = adam([(policy, 3e-6), (value, 3e-6)]), []
     for step in range(repeats + 1):
-        began = time.process_time()
-        asked = prompts[step * batch % 448 :][:batch]
-        rollout = ppo.sample_and_score(models, asked, config, 0.05, generator("ppo", step))
-        ppo.update(models, optimizer, rollout, config, 1.0, ("ppo", step))
-        own.append(time.process_time() - began)
+        began = clock()
+        asked = prompts[step * batch % len(prompts) :][:batch]
+        with our_precision():
+            rollout = ppo.sample_and_score(models, asked, config, 0.05, generator("ppo", step))
+            ppo.update(models, optimizer, rollout, config, 1.0, ("ppo", step))
+        own.append(clock() - began)
     return statistics.median(own[1:]), peak()
 
 
@@ -288,10 +357,12 @@ def their_ppo(size: str, repeats: int) -> tuple[float, float]:
     ref.load_state_dict(theirs.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         times, seconds = step_times()
-        flags = quiet(folder, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
+        at_once = min(batch, 64)
+        flags = quiet(folder, per_device_train_batch_size=at_once)
+        flags["gradient_accumulation_steps"] = batch // at_once
         flags |= {"num_mini_batches": 1, "num_ppo_epochs": PPO_EPOCHS, "response_length": PPO_NEW}
         flags |= {"total_episodes": batch * (repeats + 1), "num_sample_generations": 0}
-        flags |= {"local_rollout_forward_batch_size": batch, "eval_strategy": "no"}
+        flags |= {"local_rollout_forward_batch_size": at_once, "eval_strategy": "no"}
         data = Dataset.from_list([{"input_ids": p} for p in ppo_prompts()])
         trainer = PPOTrainer(
             args=PPOConfig(**flags),
@@ -315,7 +386,15 @@ def bench_ppo(size: str, repeats: int) -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found.append(pool.apply(run, (size, repeats)))
     (ours, our_peak), (theirs, their_peak) = found
-    row(f"ppo {size} batch {PPO_BATCH[size]}", PPO_BATCH[size] * PPO_NEW, ours, TRL=theirs)
+    batch, prompts = PPO_BATCH[size], sum(map(len, ppo_prompts()[: PPO_BATCH[size]]))
+    new = batch * PPO_NEW
+    # policy and reference score every token of the responses, reward and value model one number
+    scoring = [training_floor(size, prompts + new, n, passes=1) for n in (new, new, 0, 0)]
+    updates = [training_floor(size, prompts + new, n) for n in (new, 0)]
+    floor = (
+        decode_floor(size, prompts, [PPO_NEW] * batch) + sum(scoring) + PPO_EPOCHS * sum(updates)
+    )
+    row(f"ppo {size} batch {batch}", new, floor, ours, TRL=theirs)
     print(f"ppo {size}: {ours:.2f} s an iteration, peaks {our_peak:.2f} GB, TRL's {their_peak:.2f}")
 
 
@@ -333,7 +412,8 @@ def bench_growth(size: str, repeats: int) -> None:
                     ours, p, new, NO_EOS, generator=generator("x")
                 ),
             )
-            row(f"generate {size} batch {batch}, {new} new", batch * new, **seconds)
+            floor = decode_floor(size, len(prompts) * PROMPT, [new] * batch)
+            row(f"generate {size} batch {batch}, {new} new", batch * new, floor, **seconds)
 
 
 # ---- checkpoints
@@ -370,14 +450,17 @@ TASKS |= {"growth": bench_growth, "checkpoint": bench_checkpoint}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=["M", "L"] if GPU else ["S", "M"]
+    )
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, in bfloat16")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["generate", "sft", "ppo"])
-    parser.add_argument("--repeats", type=int, default=0, help="default: 5 for S, 1 for M")
+    parser.add_argument("--repeats", type=int, default=0, help="default: 5 for S, else 1")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for size in args.sizes:
         for task in args.tasks:
-            TASKS[task](size, args.repeats or {"S": 5, "M": 1}[size])
+            TASKS[task](size, args.repeats or (5 if size == "S" else 1))
 
 
 if __name__ == "__main__":
