@@ -47,6 +47,8 @@ from tqdm import tqdm
 from data.records import printable, write_atomically
 from data.tokenizer import from_state, get_tokenizer, hugging_face_files, to_state
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -85,15 +87,19 @@ def attention(
     return padded_attention(qkv, groups or length_groups(cu_seqlens))
 
 
-def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    qkv: Tensor, cache: Tensor, lengths: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """Appends each row's new key and value to its cached ones, then attends to all the row has.
 
     qkv (B, 3, H, D) of one new token a row, cache (2, B, H, S, D) of which each row has filled
     lengths (B,) slots -> (B, H, D). What the other slots hold does not matter and may be cleared.
+    bias = decode_bias(cache, lengths) spares the padded path from computing it in every layer.
     """
     if use_kernels(qkv):
         return fused_decode(qkv.contiguous(), cache, lengths)
-    return padded_decode(qkv, cache, lengths)
+    bias = decode_bias(cache, lengths) if bias is None else bias
+    return padded_decode(qkv, cache, lengths, bias)
 
 
 # --- In plain PyTorch: pad on the right, in groups of similar length
@@ -135,34 +141,43 @@ def padded_attention(qkv: Tensor, groups: Groups) -> Tensor:
     out = []
     for x, shape in zip(rectangles, shapes, strict=True):
         q, k, v = x.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # (rows, H, L, D) each
-        out.append(softmax_attention(q, k, v).transpose(1, 2).flatten(0, 1))  # (rows L, H, D)
+        out.append(causal_attention(q, k, v).transpose(1, 2).flatten(0, 1))  # (rows L, H, D)
     return torch.cat(out).index_select(0, slot)
 
 
-def padded_decode(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    rows, n = torch.arange(len(lengths), device=lengths.device), lengths.long()
-    cache[:, rows, :, n] = qkv[:, 1:]
-    if not cache.is_cuda:  # asking a GPU for the greatest length would make it wait
-        cache = cache[:, :, :, : int(n.max()) + 1]
-    seen = torch.arange(cache.shape[3], device=n.device) <= n[:, None]  # (B, S)
+def decode_bias(cache: Tensor, lengths: Tensor) -> Tensor:
+    """0 for the slots that each row has filled and the new one, -inf for the others: (B H, 1, S').
+
+    S' slots are all that any row needs; on a GPU, which would have to wait for their number, S.
+    """
+    n, (_, _, H, S, _) = lengths.long(), cache.shape
+    slots = S if cache.is_cuda else int(n.max()) + 1
+    unseen = torch.arange(slots, device=n.device) > n[:, None]  # (B, S')
+    bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=n.device)
+    return bias.masked_fill_(unseen, float("-inf")).repeat_interleave(H, 0)[:, None]
+
+
+def padded_decode(qkv: Tensor, cache: Tensor, lengths: Tensor, bias: Tensor) -> Tensor:
+    rows, (_, _, H, D) = torch.arange(len(qkv), device=qkv.device), qkv.shape
+    cache[:, rows, :, lengths.long()] = qkv[:, 1:]
+    cache = cache[:, :, :, : bias.shape[-1]]  # (2, B, H, S', D)
+    q, (k, v) = qkv[:, 0].flatten(0, 1)[:, None], cache.flatten(1, 2)  # (B H, 1 or S', D)
 
     def attend() -> Tensor:
-        return softmax_attention(qkv[:, 0, :, None], *cache, seen[:, None, None])[:, :, 0]
+        return torch.baddbmm(bias, q, k.mT, alpha=D**-0.5).softmax(-1) @ v
 
     if cache.is_cuda or (out := attend()).isnan().any():  # a weight of 0 does not stop NaN
-        cache.masked_fill_(~seen[:, None, :, None], 0)
+        cache.masked_fill_(bias.view(len(qkv), H, -1, 1) < 0, 0)
         out = attend()
-    return out
+    return out.view(-1, H, D)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """q (..., M, D), k, v (..., L, D), seen (..., M, L), causal if None -> (..., M, D)."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (..., L, D) each
     if q.is_cuda or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
-    if seen is None:  # in bf16 on a CPU these lines run twice as fast, forward and backward
-        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-    bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, float("-inf"))
-    return (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # in bf16 on a CPU these lines run twice as fast, forward and backward
+    unseen = torch.full((q.shape[-2], q.shape[-2]), float("-inf"), dtype=q.dtype).triu(1)
+    return (q * q.shape[-1] ** -0.5 @ k.mT + unseen).softmax(-1) @ v
 
 
 # --- In Triton: no padding, and no (L, L) matrix in memory
@@ -435,6 +450,73 @@ def pack(
 
 
 # --------------------------------------------------------------------------------------------------
+# Products and GELU on a CPU: what torch has in store is faster than what it takes by itself
+
+ONEDNN = torch.backends.mkldnn.is_available() and "512" in torch.backends.cpu.get_cpu_capability()
+PRODUCT = 2**20  # multiplications that are worth what oneDNN sets up
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., C), (V, C), (V,) -> (..., V).
+
+    In fp32 F.linear calls Intel's MKL, which uses AVX-512 on Intel's processors alone; oneDNN, a
+    part of torch too, uses it on all, and is twice as fast on the others.
+    """
+    fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (ONEDNN and fp32) or x.is_cuda or x.numel() * len(weight) < PRODUCT:
+        return F.linear(x, weight, bias)
+    return (OneDNNLinear.apply if torch.is_grad_enabled() else onednn)(x, weight, bias)
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dx = dy W, dW = dy^T x, db = sum of dy."""
+        (x, weight), (needs_dx, _, needs_db) = ctx.saved_tensors, ctx.needs_input_grad
+        dx, db = onednn(dy, weight.T) if needs_dx else None, dy.sum(0) if needs_db else None
+        # oneDNN copies its first argument, transposed: the narrower one
+        narrow = dy.shape[-1] <= x.shape[-1]
+        return dx, onednn(dy.T, x.T) if narrow else onednn(x.T, dy.T).T, db
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's: 0.5 x (1 + tanh(a (x + b x^3))) = x sigmoid(2 a (x + b x^3))."""
+    return F.gelu(x, approximate="tanh") if x.is_cuda else SigmoidGELU.apply(x)
+
+
+class SigmoidGELU(torch.autograd.Function):
+    """A CPU needs half the time for a sigmoid that it needs for a tanh."""
+
+    A = 2 * (2 / math.pi) ** 0.5  # 2 a
+    AB = A * 0.044715  # 2 a b
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y = x.float() if x.dtype == torch.bfloat16 else x
+        a = y.new_tensor(SigmoidGELU.A)
+        return torch.addcmul(a, y, y, value=SigmoidGELU.AB).mul_(y).sigmoid_().mul_(y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(dy, *ctx.saved_tensors, approximate="tanh")
+
+
+# --------------------------------------------------------------------------------------------------
 # GPT-2
 
 
@@ -457,8 +539,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (T, 3, H, D)
@@ -468,11 +550,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as GPT-2
+        return self.c_proj(gelu(self.c_fc(x)))  # tanh as GPT-2
 
 
 class Block(nn.Module):
@@ -503,6 +585,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():
+            if p.is_meta:
+                continue  # weights will be loaded
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
@@ -536,7 +620,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        return F.linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight)
 
     @classmethod
     def load(cls, source: str | Path, dropout: float = 0.0, average: bool = False) -> "GPT":
@@ -781,9 +865,11 @@ def chunked_logprobs(
 def _logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logprobs = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (n, V)
+    logits = linear(hidden, weight).float()
+    logits = logits if temperature == 1 else logits / temperature
+    logprobs = logits.log_softmax(-1)  # (n, V)
     with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        entropy = -logprobs.exp().mul_(logprobs).sum(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
 
 
@@ -796,7 +882,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) ->
     """One token per row by inverting the cumulative distribution: (B, V), (B,) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -834,6 +920,94 @@ def sampling_copy(model: GPT) -> GPT:
     return copied.eval()
 
 
+ASK_EVERY = {"cpu": 1, "cuda": 16}  # steps until we ask who has ended: a GPU must wait for that
+
+
+class Rows:
+    """The rows that decode together: row r answers prompt who[r], and so far with step[r] tokens.
+
+    Everything is changed in place and `decode` asks the device for nothing, so that a GPU records
+    it once as a CUDA graph, for each power of two of rows, and then replays it, a launch a step.
+    Rows that have ended go on, without effect, until drop_ended takes them out.
+    """
+
+    def __init__(
+        self, model: GPT, R: int, S: int, choose: Callable[..., Tensor], new: int, eos: int
+    ):
+        config, weight = model.config, model.wte.weight
+        H, D = config.n_head, config.n_embd // config.n_head
+        self.model, self.choose, self.new, self.eos, self.live = model, choose, new, eos, 0
+        self.who, self.step, self.lengths, self.last = weight.new_zeros(4, R, dtype=torch.long)
+        self.alive = weight.new_zeros(R, dtype=torch.bool)
+        # sampled tokens; the last column takes what rows sample that have ended
+        self.tokens = weight.new_zeros(R, new + 1, dtype=torch.long)
+        self.cache = weight.new_zeros(config.n_layer, 2, R, H, S, D)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def admit(self, first: int, prompts: list[list[int]]) -> None:
+        """Puts prompts first, first + 1, ... into free rows, and samples their first tokens."""
+        rows, device = slice(self.live, self.live + len(prompts)), self.cache.device
+        hidden = prefill(self.model, prompts, self.cache[:, :, rows])
+        self.who[rows] = torch.arange(first, first + len(prompts), device=device)
+        self.lengths[rows] = torch.tensor([len(p) for p in prompts], device=device)
+        self.step[rows], self.alive[rows], self.live = 0, True, rows.stop
+        self.sample(rows, hidden)
+
+    def sample(self, rows: slice, hidden: Tensor) -> None:
+        """The next token of these rows, from the hidden states that decide it."""
+        who, step, alive = self.who[rows], self.step[rows], self.alive[rows]
+        tokens = self.choose(self.model.logits(hidden), who, step)
+        column = torch.where(alive, step, self.new)
+        self.tokens[rows].scatter_(1, column[:, None], tokens[:, None])
+        self.last[rows] = tokens
+        step += alive
+        alive &= (tokens != self.eos) & (step < self.new)
+
+    def advance(self) -> None:
+        """One token for every row."""
+        if not self.cache.is_cuda:
+            return self.decode(self.live)
+        n = min(1 << (self.live - 1).bit_length(), len(self.who))
+        if n in self.graphs:
+            return self.graphs[n].replay()
+        self.decode(n)  # this step; it also loads all kernels, which recording must not
+        self.graphs[n] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[n]):
+            self.decode(n)
+
+    def decode(self, n: int) -> None:
+        """Feeds the first n rows their last tokens and samples the next ones."""
+        cache, lengths = self.cache[:, :, :n], self.lengths[:n]
+        bias = None if use_kernels(cache) else decode_bias(cache[0], lengths)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return decode_attention(qkv.to(cache.dtype), cache[layer], lengths, bias)
+
+        hidden = self.model.body(self.last[:n], lengths, attend)
+        lengths += self.alive[:n]
+        self.sample(slice(n), hidden)
+
+    def drop_ended(self) -> dict[int, list[int]]:
+        """Takes out the rows that have ended; the last live ones move into the holes they leave.
+
+        -> the responses by the numbers of their prompts.
+        """
+        alive = self.alive[: self.live]
+        ended = (~alive).nonzero()[:, 0]
+        if not len(ended):
+            return {}
+        columns = [x[ended].tolist() for x in (self.who, self.step, self.tokens)]
+        live = self.live - len(ended)
+        holes, movers = ended[ended < live], alive[live:].nonzero()[:, 0] + live
+        for x in (self.who, self.step, self.lengths, self.last, self.alive, self.tokens):
+            x[holes] = x[movers]
+        for x in self.cache.flatten(0, 1):
+            x[holes] = x[movers]
+        self.alive[live : self.live] = False
+        self.live = live
+        return {who: tokens[:step] for who, step, tokens in zip(*columns, strict=True)}
+
+
 @torch.inference_mode()
 def generate(
     model: GPT,
@@ -853,45 +1027,35 @@ def generate(
     ValueError if the longest prompt and max_new_tokens exceed block_size.
     """
     refuse_empty(prompts)
-    model, config, device = sampling_copy(model), model.config, model.wte.weight.device
+    model, block_size, device = (
+        sampling_copy(model),
+        model.config.block_size,
+        model.wte.weight.device,
+    )
     S = max(map(len, prompts), default=1) + max_new_tokens
-    if S > config.block_size:
+    if S > block_size:
         raise ValueError(
-            f"longest prompt + max_new_tokens = {S} exceeds block_size={config.block_size}; "
+            f"longest prompt + max_new_tokens = {S} exceeds block_size={block_size}; "
             "shorten the prompts or lower max_new_tokens"
         )
     uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
-    R, H, D = min(max_rows, len(prompts)), config.n_head, config.n_embd // config.n_head
-    cache = model.wte.weight.new_zeros(config.n_layer, 2, R, H, S, D)
-    responses: list[list[int]] = [[] for _ in prompts]
-    hidden = model.wte.weight.new_empty(0, config.n_embd)  # (live, C) decides each row's next token
-    who = lengths = torch.empty(0, dtype=torch.long, device=device)  # (live,) prompt; cached tokens
+    uniform = F.pad(uniform, (0, 1))  # for rows that have ended
 
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        return decode_attention(qkv.to(cache.dtype), cache[layer][:, : len(qkv)], lengths)
+    def choose(logits: Tensor, who: Tensor, step: Tensor) -> Tensor:
+        return draw(logits, uniform[who, step], temperature, top_k)
 
-    admitted = 0
-    while len(who) or admitted < len(prompts):
-        if admitted < len(prompts) and len(who) <= R * 3 // 4:  # in bulk, not one at a time
-            new = prompts[admitted : admitted + R - len(who)]
-            hidden = torch.cat([hidden, prefill(model, new, cache[:, :, len(who) :])])
-            who = torch.cat([who, torch.arange(admitted, admitted + len(new), device=device)])
-            lengths = torch.cat([lengths, torch.tensor([len(p) for p in new], device=device)])
+    R, admitted = min(max_rows, len(prompts)), 0
+    rows = Rows(model, R, S, choose, max_new_tokens, eos_token)
+    responses: dict[int, list[int]] = {}
+    while len(responses) < len(prompts):
+        if admitted < len(prompts) and rows.live <= R * 3 // 4:  # in bulk, not one at a time
+            new = prompts[admitted : admitted + R - rows.live]
+            rows.admit(admitted, new)
             admitted += len(new)
-        step = torch.tensor([len(responses[b]) for b in who.tolist()], device=device)
-        tokens = draw(model.logits(hidden), uniform[who, step], temperature, top_k)  # (live,)
-        for b, token in zip(who.tolist(), tokens.tolist(), strict=True):
-            responses[b].append(token)
-        alive = (tokens != eos_token) & (step + 1 < max_new_tokens)
-        live = int(alive.sum())
-        if live < len(alive):
-            holes, movers = (~alive[:live]).nonzero()[:, 0], alive[live:].nonzero()[:, 0] + live
-            for x in (who, lengths, tokens, *cache.flatten(0, 1)):
-                x[holes] = x[movers]
-            who, lengths, tokens = who[:live], lengths[:live], tokens[:live]
-        hidden = model.body(tokens, lengths, attend) if live else hidden[:0]
-        lengths = lengths + 1
-    return responses
+        responses |= rows.drop_ended()
+        for _ in range(ASK_EVERY[device.type] if rows.live else 0):
+            rows.advance()
+    return [responses[b] for b in range(len(prompts))]
 
 
 # --------------------------------------------------------------------------------------------------

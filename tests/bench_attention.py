@@ -190,7 +190,8 @@ def check_decode(D: int, dtype: torch.dtype, limit: float) -> None:
         cache = torch.randn(2, len(n), H, S, D, device=DEVICE).to(dtype)
         new = torch.randn(len(n), 3, H, D, device=DEVICE).to(dtype)
         expected_cache = cache.double()
-        expected = model.padded_decode(new.double(), expected_cache, n)
+        bias = model.decode_bias(expected_cache, n)
+        expected = model.padded_decode(new.double(), expected_cache, n, bias)
         out = model.fused_decode(new, cache, n)
         for row, filled in enumerate(n.tolist()):
             written = cache[:, row, :, : filled + 1].double()

@@ -175,8 +175,9 @@ def test_whatever_is_selected(fused: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def decode(path: str, qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    function = model.fused_decode if path == "fused" else model.padded_decode
-    return function(qkv, cache, lengths)
+    if path == "fused":
+        return model.fused_decode(qkv, cache, lengths)
+    return model.padded_decode(qkv, cache, lengths, model.decode_bias(cache, lengths))
 
 
 @pytest.mark.parametrize("path", PATHS)
