@@ -84,8 +84,8 @@ def both(size: str) -> tuple[GPT, Any]:
         return GPT.load(folder).eval().to(DEVICE), theirs.to(DEVICE)
 
 
-def our_precision() -> torch.autocast:
-    return torch.autocast(DEVICE, torch.bfloat16, enabled=GPU, cache_enabled=False)
+def our_precision(low: bool = GPU) -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=low, cache_enabled=False)
 
 
 def clock() -> float:
@@ -138,7 +138,9 @@ def rates(size: str) -> tuple[float, float]:
     n = 8192 if GPU else 1024
     square = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
     tall = torch.randn(sum(parameters(size)) // n, n, device=DEVICE, dtype=DTYPE)
-    seconds = alternately(9, product=lambda: square @ square, reading=lambda: tall @ square[0])
+    product = functools.partial(model_module.linear, square, square)
+    with torch.inference_mode():
+        seconds = alternately(9, product=product, reading=lambda: tall @ square[0])
     bytes = tall.numel() * tall.element_size()
     print(f"{size}: {2e-9 * n**3 / seconds['product']:.0f} GFLOP/s, "
           f"{1e-9 * bytes / seconds['reading']:.0f} GB/s")  # fmt: skip
@@ -203,8 +205,8 @@ def bench_generate(size: str, repeats: int) -> None:
             if limits is not None:
                 flags["stopping_criteria"] = [EndsAfter(limits)]
 
-            def run_ours(limits=limits, prompts=prompts) -> None:
-                with ending_after(limits) as eos, our_precision():
+            def run_ours(low=GPU, limits=limits, prompts=prompts) -> None:
+                with ending_after(limits) as eos, our_precision(low):
                     rows, seed = prompts.tolist(), generator("draw")
                     found = generate(ours, rows, NEW, eos, generator=seed)
                 assert limits is None or [len(x) for x in found] == limits.tolist()
@@ -214,6 +216,8 @@ def bench_generate(size: str, repeats: int) -> None:
                     theirs.generate(prompts.to(DEVICE), **flags, **cache)
 
             runs = {"ours": run_ours, "HF": run_theirs}
+            if not GPU:
+                runs["ours_in_bf16"] = lambda go=run_ours: go(low=True)
             if size == "S":
                 runs["HF_static"] = lambda go=run_theirs: go(cache_implementation="static")
             seconds = alternately(repeats, **runs)
@@ -283,16 +287,25 @@ def bench_sft(size: str, repeats: int) -> None:
         with mock.patch.object(Trainer, "_get_train_sampler", lambda *_: range(len(texts))):
             trainer.train()
 
-    optimizer, config, own = adam([(ours, 1e-5)]), RunConfig(), []
-    for i in range(0, len(texts), batch):
-        began = clock()
-        prompts, rest = [t[:1] for t in texts[i : i + batch]], [t[1:] for t in texts[i : i + batch]]
-        losses = ((sft.sft_loss(ours, b), len(b.where)) for b in batches(prompts, rest, config))
-        with our_precision():
-            optimizer_step(optimizer, losses, sum(map(len, rest)))
-        own.append(clock() - began)
-    floor = training_floor(size, tokens, tokens)
-    row(f"sft {size} batch {batch}", tokens, floor, sum(own[1:]), HF_Trainer=sum(seconds()))
+    optimizer, config = adam([(ours, 1e-5)]), RunConfig()
+
+    def steps_in(low: bool) -> float:
+        own = []
+        for i in range(0, len(texts), batch):
+            began = clock()
+            prompts, rest = zip(*((t[:1], t[1:]) for t in texts[i : i + batch]), strict=True)
+            parts = batches(list(prompts), list(rest), config)
+            losses = ((sft.sft_loss(ours, b), len(b.where)) for b in parts)
+            with our_precision(low):
+                optimizer_step(optimizer, losses, sum(map(len, rest)))
+            own.append(clock() - began)
+        return sum(own[1:])
+
+    floor, peers = training_floor(size, tokens, tokens), {"HF_Trainer": sum(seconds())}
+    own = steps_in(GPU)
+    if not GPU:
+        peers["ours_in_bf16"] = steps_in(True)
+    row(f"sft {size} batch {batch}", tokens, floor, own, **peers)
 
 
 # ---- PPO
@@ -304,7 +317,7 @@ def ppo_prompts() -> list[list[int]]:
     return [torch.randint(1, 1000, (int(n),), generator=g).tolist() for n in lengths]
 
 
-def our_ppo(size: str, repeats: int) -> tuple[float, float]:
+def our_ppo(size: str, repeats: int, low: bool = GPU) -> tuple[float, float]:
     """Seconds of an iteration of ppo.train, and the peak of this process's memory in GB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -322,7 +335,7 @@ def our_ppo(size: str, repeats: int) -> tuple[float, float]:
     for step in range(repeats + 1):
         began = clock()
         asked = prompts[step * batch % len(prompts) :][:batch]
-        with our_precision():
+        with our_precision(low):
             rollout = ppo.sample_and_score(models, asked, config, 0.05, generator("ppo", step))
             ppo.update(models, optimizer, rollout, config, 1.0, ("ppo", step))
         own.append(clock() - began)
@@ -381,11 +394,14 @@ def their_ppo(size: str, repeats: int) -> tuple[float, float]:
 
 def bench_ppo(size: str, repeats: int) -> None:
     """Each in a process of its own, so that its memory is its own."""
-    found = []
-    for run in (our_ppo, their_ppo):
+    runs: dict[str, Callable] = {"ours": our_ppo, "TRL": their_ppo}
+    if not GPU:
+        runs["ours_in_bf16"] = functools.partial(our_ppo, low=True)
+    seconds, peaks = {}, []
+    for name, run in runs.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(run, (size, repeats)))
-    (ours, our_peak), (theirs, their_peak) = found
+            seconds[name], most = pool.apply(run, (size, repeats))
+        peaks.append(f"{name} {most:.2f} GB")
     batch, prompts = PPO_BATCH[size], sum(map(len, ppo_prompts()[: PPO_BATCH[size]]))
     new = batch * PPO_NEW
     # policy and reference score every token of the responses, reward and value model one number
@@ -394,8 +410,10 @@ def bench_ppo(size: str, repeats: int) -> None:
     floor = (
         decode_floor(size, prompts, [PPO_NEW] * batch) + sum(scoring) + PPO_EPOCHS * sum(updates)
     )
-    row(f"ppo {size} batch {batch}", new, floor, ours, TRL=theirs)
-    print(f"ppo {size}: {ours:.2f} s an iteration, peaks {our_peak:.2f} GB, TRL's {their_peak:.2f}")
+    row(f"ppo {size} batch {batch}", new, floor, **seconds)
+    print(
+        f"ppo {size}: {seconds['ours']:.2f} s an iteration; peaks: {', '.join(peaks)}", flush=True
+    )
 
 
 # ---- growth
