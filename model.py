@@ -508,9 +508,16 @@ class OneDNNLinear(torch.autograd.Function):
         """dx = dy W, dW = dy^T x, db = sum of dy."""
         (x, weight), (needs_dx, _, needs_db) = ctx.saved_tensors, ctx.needs_input_grad
         dx, db = onednn(dy, weight.T) if needs_dx else None, dy.sum(0) if needs_db else None
-        # oneDNN copies its first argument, transposed: the narrower one
-        narrow = dy.shape[-1] <= x.shape[-1]
-        return dx, onednn(dy.T, x.T) if narrow else onednn(x.T, dy.T).T, db
+        return dx, weight_gradient(dy, x), db
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x: (T, V), (T, C) -> (V, C)."""
+    if not ONEDNN or x.is_cuda or x.dtype != torch.float32:
+        return dy.T @ x
+    # oneDNN copies its first argument, transposed: the narrower one
+    narrow = dy.shape[-1] <= x.shape[-1]
+    return onednn(dy.T, x.T) if narrow else onednn(x.T, dy.T).T
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -851,7 +858,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 # --------------------------------------------------------------------------------------------------
 # Scoring and sampling
 
-LOGITS_AT_ONCE = 2**24  # logits held at a time when scoring: 64 MB in fp32
+
+def rows_at_once(weight: Tensor) -> int:
+    """Rows of logits to hold when scoring: on a CPU what its cache holds, or 256 for a product."""
+    return max(256, (2**27 if weight.is_cuda else 2**20) // len(weight))
 
 
 def token_logprobs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -860,43 +870,56 @@ def token_logprobs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[
     Entropy carries no gradient: InstructGPT has no entropy bonus.
     """
     hidden, tokens = model(batch)[batch.where], batch.tokens[batch.where + 1]
-    return chunked_logprobs(hidden, model.wte.weight, tokens, temperature)
+    return LogProbs.apply(hidden, model.wte.weight, tokens, temperature)
 
 
-def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+class LogProbs(torch.autograd.Function):
     """hidden (N, C), weight (V, C), tokens (N,) -> log-probabilities (N,), entropy (N,).
 
-    The head sees a chunk of positions at a time and is computed anew in the backward pass, so that
-    no more than LOGITS_AT_ONCE logits ever exist.
+    The head sees a chunk of rows at a time and is computed anew in the backward pass, so that the
+    (N, V) logits never exist. With p = softmax(z / temperature), of log p[token] the gradient is
+        dz = (1[token] - p) / temperature,    dhidden = dz W,    dW = dz^T hidden
     """
-    piece = compiled_logprobs() if use_kernels(hidden) else _logprobs
-    chunk = max(1, LOGITS_AT_ONCE // len(weight))
-    if len(tokens) <= chunk:
-        return piece(hidden, weight, tokens, temperature)
-    parts = [
-        checkpoint(piece, h, weight, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
-    ]
-    logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
-    return logprobs, entropy
 
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        low = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if low else weight.dtype
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.temperature, parts = temperature, [(weight.new_empty(0, dtype=torch.float32),) * 2]
+        for _, token, z in LogProbs.chunks(ctx, hidden, weight, tokens):
+            logprobs = z.log_softmax(-1)
+            entropy = -logprobs.exp().mul_(logprobs).sum(-1)
+            parts.append((logprobs.gather(-1, token[:, None])[:, 0], entropy))
+        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
-def _logprobs(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits = linear(hidden, weight).float()
-    logits = logits if temperature == 1 else logits / temperature
-    logprobs = logits.log_softmax(-1)  # (n, V)
-    with torch.no_grad():
-        entropy = -logprobs.exp().mul_(logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor | None, ...]:
+        (hidden, weight, _), at = ctx.saved_tensors, 0
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight)
+        weight = weight.to(ctx.dtype)
+        for h, token, z in LogProbs.chunks(ctx, *ctx.saved_tensors):
+            rows = slice(at, at := at + len(h))
+            g = gradient[rows, None] / ctx.temperature
+            dz = (z.softmax(-1) * -g).scatter_add_(1, token[:, None], g).to(ctx.dtype)
+            dhidden[rows] = linear(dz, weight.T)
+            dweight += weight_gradient(dz, h)
+        return dhidden, dweight, None, None
 
-
-@functools.cache
-def compiled_logprobs() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_logprobs, dynamic=True)  # fuses all that follows the head's product
+    @staticmethod
+    def chunks(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """(n, C) hidden states and (n,) tokens of a chunk, and its (n, V) z / temperature."""
+        n = rows_at_once(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, hidden = weight.to(ctx.dtype), hidden.to(ctx.dtype)
+            for h, token in zip(hidden.split(n), tokens.split(n), strict=True):
+                z = linear(h, weight).float()
+                yield h, token, z if ctx.temperature == 1 else z / ctx.temperature
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) -> Tensor:
