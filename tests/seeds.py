@@ -1,7 +1,8 @@
 """Runs the toy pipeline for several seeds and prints one table of all: the README's numbers.
 
-    python tests/seeds.py 31 32 33             # into out/seed11, ...; what is finished stays
+    python tests/seeds.py 31 32 33             # into out/seed31, ...; what is finished stays
     python tests/seeds.py --variants 31 32 33  # also PPO-ptx, a second round, 16 epochs of SFT
+    python tests/seeds.py --bf16 31 32 33      # all networks in bfloat16, into out/bf16/seed31, ...
 
 A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds. The gold
 score of each seed stands in brackets.
@@ -35,21 +36,22 @@ def stage(out: Path, script: str, folder: str, *switches: str, **flags: object) 
         given = [f"--{flag}={value}" for flag, value in values.items()]
         seed = f"--seed={out.name.removeprefix('seed')}"
         command = [sys.executable, ROOT / script, seed, f"--out={out / folder}", *given, *switches]
+        if out.parent.name == "bf16":
+            command.append("--dtype=bfloat16")
         subprocess.run(command, check=True)
 
 
-def run(seed: str) -> Path:
-    """The folder with the results of this seed."""
-    out = Path("out") / f"seed{seed}"
+def run(out: Path) -> Path:
+    """The folder with the results of the seed that the folder out is named after."""
     stage(out, "sft.py", "sft")
     stage(out, "reward.py", "reward")
     stage(out, "ppo.py", "ppo")
     return out / "ppo"
 
 
-def run_variants(seed: str, betas: tuple[float, ...]) -> Path:
+def run_variants(out: Path, betas: tuple[float, ...]) -> Path:
     """The folder with the comparison of the variants."""
-    out = run(seed).parent
+    run(out)
     earlier, short = out / "reward" / "comparisons.jsonl", "--no-ablation"
     stage(out, "ppo.py", "ppo_ptx", short, ptx_coef=PTX_COEF)
     stage(out, "reward.py", "reward2", policy=out / "ppo", merge=earlier)
@@ -86,11 +88,12 @@ def table(results: list[list[dict]], columns: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    seeds = [seed for seed in sys.argv[1:] if seed != "--variants"] or sys.exit(__doc__)
+    seeds = [seed for seed in sys.argv[1:] if not seed.startswith("--")] or sys.exit(__doc__)
+    outs = [Path("out/bf16" if "--bf16" in sys.argv else "out") / f"seed{seed}" for seed in seeds]
     if "--variants" in sys.argv:
-        folders = [run_variants(s, BETAS if s == seeds[0] else ()) for s in seeds]
+        folders = [run_variants(out, BETAS if out == outs[0] else ()) for out in outs]
     else:
-        folders = [run(seed) for seed in seeds]
+        folders = [run(out) for out in outs]
     results = [json.loads((folder / "results.json").read_text())["rows"] for folder in folders]
     print(table(results, COLUMNS), table(results, PARTS), sep="\n\n")
     reports = [json.loads((f.parent / "reward" / "report.json").read_text()) for f in folders]
