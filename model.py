@@ -20,6 +20,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -467,12 +468,12 @@ class Linear(nn.Linear):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
 ) -> Tensor:
-    """x W^T + b: (..., C), (V, C), (V,) -> (..., V).
+    """x W^T + b: (T, C), (V, C), (V,) -> (T, V).
 
     In fp32 F.linear calls Intel's MKL, which uses AVX-512 on Intel's processors alone; oneDNN, a
     part of torch too, uses it on all, and is twice as fast on the others.
     """
-    if not ONEDNN or x.is_cuda or x.numel() * len(weight) < PRODUCT:
+    if not worth_onednn(x, len(weight)):
         return F.linear(x, weight, bias)
     if packed is not None:
         return onednn(x.to(weight.dtype), packed, bias)
@@ -491,6 +492,10 @@ def pack_weights(model: "GPT") -> None:
 
 def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # as if for 16 rows
+
+
+def worth_onednn(x: Tensor, columns: int) -> bool:
+    return ONEDNN and not x.is_cuda and x.numel() * columns >= PRODUCT
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -513,7 +518,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x: (T, V), (T, C) -> (V, C)."""
-    if not ONEDNN or x.is_cuda or x.dtype != torch.float32:
+    if not worth_onednn(x, dy.shape[-1]) or x.dtype != torch.float32:
         return dy.T @ x
     # oneDNN copies its first argument, transposed: the narrower one
     narrow = dy.shape[-1] <= x.shape[-1]
@@ -665,7 +670,7 @@ class GPT(nn.Module):
         config.dropout = dropout
         with torch.device("meta"):  # no memory, and no time for an initialisation
             model = cls(config)
-        refuse_other_shapes(weights, model.state_dict(), folder)
+        refuse_unusable(weights, model.state_dict(), folder)
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -707,7 +712,7 @@ class ScalarModel(nn.Module):
         saved = load_checkpoint(folder)
         with torch.device("meta"):
             model = cls(GPT(GPTConfig(**saved["gpt"])))
-        refuse_other_shapes(saved["model"], model.state_dict(), Path(folder))
+        refuse_unusable(saved["model"], model.state_dict(), Path(folder))
         model.load_state_dict(saved["model"], assign=True)
         return model
 
@@ -799,11 +804,19 @@ def read_hugging_face(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return GPTConfig(*sizes), weights
 
 
-def refuse_other_shapes(found: dict[str, Tensor], ours: dict[str, Tensor], folder: Path) -> None:
+def refuse_unusable(found: dict[str, Tensor], ours: dict[str, Tensor], folder: Path) -> None:
+    """ValueError for weights that are not those of our network, or not numbers."""
     for name in sorted(found.keys() | ours.keys()):
         shapes = [tuple(w[name].shape) if name in w else "missing" for w in (found, ours)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{folder}: weight {name} is {shapes[0]}, expected {shapes[1]}")
+    refuse_not_finite(f"{folder}: weight", found)
+
+
+def refuse_not_finite(what: str, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{what} {name} has values that are infinite or no number")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -932,7 +945,8 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) ->
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     cdf = logits.softmax(-1).cumsum(-1)
     level = uniform[:, None] * cdf[:, -1:]  # < the total: no token of probability 0 is drawn
-    return torch.searchsorted(cdf, level, right=True)[:, 0]
+    tokens = torch.searchsorted(cdf, level, right=True)[:, 0]
+    return tokens.clamp_(max=logits.shape[-1] - 1)  # of logits that are no numbers
 
 
 def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
@@ -966,7 +980,9 @@ def sampling_copy(model: GPT) -> GPT:
     return copied.eval()
 
 
-ASK_EVERY = {"cpu": 1, "cuda": 16}  # steps until we ask who has ended: a GPU must wait for that
+def ask_every(device: torch.device) -> int:
+    """Steps until we ask who has ended, for which a GPU has to wait."""
+    return 16 if device.type == "cuda" else 1
 
 
 class Rows:
@@ -1099,7 +1115,7 @@ def generate(
             rows.admit(admitted, new)
             admitted += len(new)
         responses |= rows.drop_ended()
-        for _ in range(ASK_EVERY[device.type] if rows.live else 0):
+        for _ in range(ask_every(device) if rows.live else 0):
             rows.advance()
     return [responses[b] for b in range(len(prompts))]
 
@@ -1189,13 +1205,14 @@ def command(main: Callable[[Any], Any], config_class: type, presets: Presets) ->
         print("\ninterrupted; what was saved is whole, and --resume continues it", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{Run.whereabouts()}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:  # torch's own, on a GPU and on a CPU
         if "memory" not in str(error):
             raise
         line = str(error).splitlines()[0]
-        print(f"error: {line:.200}; lower --max_tokens, then --batch_size", file=sys.stderr)
+        remedy = "lower --max_tokens, then --batch_size"
+        print(f"error: {line:.200}; {remedy}{Run.whereabouts()}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -1396,7 +1413,7 @@ def add_up(loss: float, parameters: list[nn.Parameter]) -> float:
 
 def adam(models: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
     """One optimiser for all (model, peak learning rate): InstructGPT's betas, no weight decay."""
-    groups = [{"params": list(m.parameters()), "lr": lr, "peak_lr": lr} for m, lr in models]
+    groups = [{"params": list(m.named_parameters()), "lr": lr, "peak_lr": lr} for m, lr in models]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
 
 
@@ -1439,7 +1456,7 @@ def optimizer_step(
 
     So the gradient does not depend on how a batch is cut into micro-batches. `lr` is the share of
     the peak learning rate; each model's gradient is clipped to norm `clip`. Returns the loss and
-    the norms before clipping. ValueError if either is not finite: the weights are left as they are.
+    the norms before clipping. ValueError if either is not finite, before anything changes.
     """
     optimizer.zero_grad(set_to_none=True)
     groups, loss_sum = optimizer.param_groups, 0.0
@@ -1449,16 +1466,26 @@ def optimizer_step(
         (loss * (n / total * divided_by)).backward()
         loss_sum += loss.item() * n / total if n else 0.0
     loss_sum = add_up(loss_sum, parameters)
-    norms = [gathered(nn.utils.clip_grad_norm_(g["params"], clip)).item() for g in groups]
-    if not all(map(math.isfinite, (loss_sum, *norms))):
-        raise ValueError(
-            f"loss {loss_sum}, gradient norms {norms}: the weights are left as they were; "
-            "a new run needs a lower learning rate, or other data"
-        )
-    for group in groups:
+    norms = [nn.utils.get_total_norm(gradients(g).values()) for g in groups]
+    found = [gathered(norm).item() for norm in norms]
+    if not all(map(math.isfinite, (loss_sum, *found))):
+        for group in groups:
+            refuse_not_finite(
+                f"the loss is {loss_sum}, the gradient of", gathered(gradients(group))
+            )
+        raise ValueError(f"the loss is {loss_sum}, gradient norms {found}: not finite")
+    for group, norm in zip(groups, norms, strict=True):
+        nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
         group["lr"] = group["peak_lr"] * lr
     optimizer.step()
-    return loss_sum, norms
+    return loss_sum, found
+
+
+def gradients(group: dict[str, Any]) -> dict[str, Tensor]:
+    """Of an optimiser's group of parameters, by their names."""
+    names = group.get("param_names", map(str, itertools.count()))
+    named = zip(names, group["params"], strict=False)
+    return {name: p.grad for name, p in named if p.grad is not None}
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -1624,6 +1651,8 @@ class Run:
     `state` names all that has a state_dict; later stages load "model".
     """
 
+    going_on: "Run | None" = None  # the one whose steps are under way
+
     def __init__(
         self, stage: str, config: RunConfig, folder: str, gpt: GPTConfig, codec: Codec, **state: Any
     ):
@@ -1635,6 +1664,9 @@ class Run:
         self.files = [self.folder / "metrics.jsonl", self.folder / "samples.txt"]
         resumed = config.resume and (self.folder / "checkpoint.pt").exists()
         sizes = self._restore() if resumed else [0] * len(self.files)
+        self.saved = self.step if resumed else None  # steps that the checkpoint holds
+        if config.resume and not resumed:
+            print(f"{self.folder} has no checkpoint to resume from: {stage} begins at step 0")
         if not self.first:
             return
         for path, size in zip(self.files, sizes, strict=True):
@@ -1676,11 +1708,13 @@ class Run:
             "training": state,
         }
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        self.saved = self.step
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that remain, behind a progress bar; what a step logs is written as it ends."""
         steps, quiet = range(self.step, total), not self.first
         bar = tqdm(steps, self.stage, total, initial=self.step, disable=quiet)
+        Run.going_on = self
         with stop_signals() as caught:
             for step in bar:
                 self.metrics = {"step": step}
@@ -1696,6 +1730,15 @@ class Run:
                     done = f"{self.folder}: saved after step {self.step} of {total}"
                     print(f"\n{done}; --resume continues", file=sys.stderr)
                     raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+        Run.going_on = None
+
+    @classmethod
+    def whereabouts(cls) -> str:
+        """For an error's line: the step that the run has come to, and what its checkpoint holds."""
+        if (run := cls.going_on) is None:
+            return ""
+        held = "no checkpoint yet" if run.saved is None else f"a checkpoint of {run.saved} steps"
+        return f" ({run.stage}, step {run.step}; {run.folder} has {held})"
 
     def log(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
         """Metrics of this step, for metrics.jsonl; the shown ones stand behind the bar."""

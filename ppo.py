@@ -60,6 +60,7 @@ from model import (
     placed,
     precision,
     rank_and_world,
+    refuse_not_finite,
     resolve_device,
     seed_of,
     shuffled,
@@ -268,6 +269,8 @@ def sample_and_score(
     sampled = generate(models.policy, mine, *limits, generator=seed)
     responses, columns = of_all(sampled, score(models, mine, sampled, config))
     lengths, scores, logprobs, ref_logprobs, values = columns
+    known = {"scores": scores, "log pi": logprobs, "log pi_ref": ref_logprobs, "values": values}
+    refuse_not_finite("of the sampled responses", known)
     ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
     if not math.isnan(config.missing_eos_score):
         scores = torch.where(ended == 1, scores, config.missing_eos_score)

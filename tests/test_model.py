@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,14 +17,19 @@ import model as model_module
 from model import (
     GPT,
     GPTConfig,
+    Linear,
+    LogProbs,
+    Rows,
     ScalarModel,
     adam,
     attention,
     budget,
     decode_attention,
     draw,
+    gelu,
     generate,
     pack,
+    pack_weight,
     token_logprobs,
 )
 
@@ -400,6 +406,65 @@ def test_the_logits_of_all_tokens_never_exist(prompt, response, at_once, monkeyp
     assert gpt.wte.weight.grad.abs().sum() > 0
 
 
+def test_the_gradient_of_logprobs():
+    """Against autograd through all logits, in float64; at a temperature, in chunks of 4 rows."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    tokens, factors = torch.randint(9, (10,)), torch.randn(10)
+    expected = (hidden.double() @ weight.double().T / 0.7).log_softmax(-1)
+    expected_gradients = torch.autograd.grad(
+        (expected[torch.arange(10), tokens] * factors).sum(), (hidden, weight)
+    )
+    with mock.patch.object(model_module, "rows_at_once", lambda _: 4):
+        logprobs, entropy = LogProbs.apply(hidden, weight, tokens, 0.7)
+        gradients = torch.autograd.grad((logprobs * factors).sum(), (hidden, weight))
+    close(logprobs, expected[torch.arange(10), tokens])
+    close(entropy, -(expected.exp() * expected).sum(-1))
+    for found, exact in zip(gradients, expected_gradients, strict=True):
+        close(found, exact, 1e-5)
+    assert not entropy.requires_grad
+
+
+# ---- products and GELU on a CPU ----
+
+
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("T, C, V", [(300, 64, 192), (65, 256, 64), (0, 64, 64), (1, 8, 8)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_and_its_gradients(T, C, V, biased, by_onednn, monkeypatch):
+    """Against float64: large products, no rows at all, and few."""
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch comes without oneDNN")
+    monkeypatch.setattr(model_module, "ONEDNN", by_onednn)
+    torch.manual_seed(0)
+    layer, x, dy = Linear(C, V, bias=biased), torch.randn(T, C), torch.randn(T, V)
+    exact_layer, exact_x = copy.deepcopy(layer).double(), x.double().requires_grad_()
+    out, exact = layer(x.requires_grad_()), exact_layer(exact_x)
+    assert ("OneDNN" in str(out.grad_fn)) == (by_onednn and T > 1)
+    torch.testing.assert_close(out, exact.float(), atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(out, (x, *layer.parameters()), dy)
+    expected = torch.autograd.grad(exact, (exact_x, *exact_layer.parameters()), dy.double())
+    for gradient, exact_gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, exact_gradient.float(), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), out)
+        if by_onednn:
+            layer.packed = pack_weight(layer.weight)
+            torch.testing.assert_close(layer(x), out)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_gelu_and_its_gradient(dtype, tolerance):
+    x = torch.linspace(-12, 12, 4001).to(dtype).requires_grad_()
+    dy = torch.linspace(0.5, 2, 4001).to(dtype)
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert gelu(x).dtype == dtype
+    close(gelu(x), exact, tolerance)
+    (gradient,) = torch.autograd.grad(gelu(x), x, dy)
+    (expected,) = torch.autograd.grad(exact, x, dy.double())
+    close(gradient, expected, 3 * tolerance)
+
+
 # ---- bfloat16 ----
 
 
@@ -548,6 +613,11 @@ def test_draw_stays_within_the_vocabulary_when_rounding_leaves_a_gap(V):
     assert (tokens <= V // 2).all()
 
 
+def test_draw_of_what_is_no_number_is_a_token():
+    logits = tensor([[0.0, math.nan, 0.0], [math.inf, math.inf, 0.0]])
+    assert all(0 <= token < 3 for token in draw(logits, torch.full((2,), 0.5), 1.0).tolist())
+
+
 def test_draw_takes_rows_apart():
     logits = tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
     assert draw(logits, torch.full((3,), 0.5), 1.0).tolist() == [1, 0, 2]
@@ -611,6 +681,49 @@ def test_generate_is_the_naive_loop(temperature, top_k, max_rows):
     assert prompts == MANY
     assert any(r[-1] == 0 and len(r) < NEW for r in responses)  # some end by themselves,
     assert any(r[-1] != 0 and len(r) == NEW for r in responses)  # some are cut
+
+
+@pytest.mark.parametrize("max_rows", [256, 7])
+def test_rows_that_have_ended_may_go_on_for_a_while(max_rows, monkeypatch):
+    """As on a GPU: asked every five steps, and in powers of two of rows, of which some are free."""
+    gpt, expected = naive_responses(1.0, 0)
+    widths = []
+
+    def advance(rows):
+        widths.append(min(1 << (rows.live - 1).bit_length(), len(rows.who)))
+        rows.decode(widths[-1])
+
+    monkeypatch.setattr(model_module, "ask_every", lambda _: 5)
+    monkeypatch.setattr(Rows, "advance", advance)
+    assert generate(gpt, MANY, NEW, 0, generator=seeded(3), max_rows=max_rows) == expected
+    assert len(set(widths)) > 1
+
+
+class NothingAsked(TorchDispatchMode):
+    """Fails where a GPU would have to finish before the program can go on."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "_to_copy", "is_nonzero", "masked_select")
+        assert function.__name__.split(".")[0] not in waits, function
+        return function(*args, **kwargs or {})
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature, top_k", [(0, 0), (1.0, 0), (0.7, 3)])
+def test_a_step_of_decoding_asks_the_device_for_nothing(temperature, top_k, monkeypatch):
+    """So that a CUDA graph can record it. The kernel is replaced by one that attends to nothing."""
+    monkeypatch.setattr(model_module, "use_kernels", lambda _: True)
+    monkeypatch.setattr(model_module, "fused_decode", lambda qkv, cache, lengths: qkv[:, 0])
+    uniform = torch.rand(3, 6)
+
+    def choose(logits, who, step):
+        return draw(logits, uniform[who, step], temperature, top_k)
+
+    rows = Rows(tiny_gpt(), 3, 24, choose, new=5, eos=0)
+    rows.live, rows.alive[:2] = 3, True
+    with NothingAsked():
+        rows.decode(3)
+    assert rows.step.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("eos_token", [0, 1, 2])
