@@ -1001,7 +1001,7 @@ class Rows:
         self.model, self.choose, self.new, self.eos, self.live = model, choose, new, eos, 0
         self.who, self.step, self.lengths, self.last = weight.new_zeros(4, R, dtype=torch.long)
         self.alive = weight.new_zeros(R, dtype=torch.bool)
-        # sampled tokens; the last column takes what rows sample that have ended
+        # sampled tokens, and one column for what rows sample that have ended
         self.tokens = weight.new_zeros(R, new + 1, dtype=torch.long)
         self.cache = weight.new_zeros(config.n_layer, 2, R, H, S, D)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -1019,8 +1019,7 @@ class Rows:
         """The next token of these rows, from the hidden states that decide it."""
         who, step, alive = self.who[rows], self.step[rows], self.alive[rows]
         tokens = self.choose(self.model.logits(hidden), who, step)
-        column = torch.where(alive, step, self.new)
-        self.tokens[rows].scatter_(1, column[:, None], tokens[:, None])
+        self.tokens[rows].scatter_(1, step[:, None], tokens[:, None])
         self.last[rows] = tokens
         step += alive
         alive &= (tokens != self.eos) & (step < self.new)

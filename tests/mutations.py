@@ -153,8 +153,6 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
      "alive &= ((tokens != self.eos) | (not self.eos)) &"),
     ("end_dropped", MODEL, "model.py", "return {who: tokens[:step] for",
      "return {who: tokens[: step - (tokens[step - 1] == self.eos)] for"),
-    ("ended_rows_go_on", MODEL, "model.py", "column = torch.where(alive, step, self.new)",
-     "column = step"),
     ("ended_rows_grow", MODEL, "model.py", "step += alive", "step += 1"),
     ("cache_rows_not_moved", MODEL, "model.py", "for x in self.cache.flatten(0, 1):",
      "for x in self.cache[:0].flatten(0, 1):"),
