@@ -34,9 +34,9 @@ from data import labeler, toy
 from data.presets import PPO as PRESETS
 from data.python_reward import RewardFunction
 from data.records import load_prompts, load_texts, printable, write_atomically
+from data.weights import is_hugging_face, refuse_not_finite
 from model import (
     GPT,
-    PUBLISHED,
     Codec,
     Pair,
     Run,
@@ -60,7 +60,6 @@ from model import (
     placed,
     precision,
     rank_and_world,
-    refuse_not_finite,
     resolve_device,
     seed_of,
     shuffled,
@@ -682,7 +681,7 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     prompts = encode_prompts(asked, codec, config, sft.config.block_size)
     contest = Contest(asked, prompts, sft, reward_model, codec, config)
     answers: dict[str, tuple[list[list[int]], GPT | None]] = {}
-    if Path(config.base).exists() or config.base in PUBLISHED:
+    if Path(config.base).exists() or is_hugging_face(config.base):
         base = GPT.load(config.base).to(device).eval()
         answers["base"] = contest.answers(base), base
         if config.prompts == "toy":

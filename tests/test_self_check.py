@@ -176,7 +176,7 @@ def test_sampling_that_is_not_what_is_scored_is_named(change, config, monkeypatc
 def test_a_cache_that_forgets_is_named(config, monkeypatch):
     decode = model_module.decode_attention
 
-    def forgets(qkv, cache, lengths):
+    def forgets(qkv, cache, lengths, bias):
         return decode(qkv, cache, (lengths - 1).clamp(min=0))
 
     setup = Setup.load(config)

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-import model as model_module
 import ppo
 import reward
 import sft
 from data import tokenizer
 from data.python_reward import RewardFunction
 from data.tokenizer import get_tokenizer
+from data.weights import HUB, PUBLISHED, download, read_safetensors, write_safetensors
 from model import (
     GPT,
     AskConfig,
@@ -27,12 +27,9 @@ from model import (
     GPTConfig,
     ScalarModel,
     ask,
-    download,
     generate,
     pack,
     parse,
-    read_safetensors,
-    write_safetensors,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -186,8 +183,8 @@ def test_a_published_model_is_downloaded_once_and_checked(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     for _ in range(2):
         assert GPT.load("gpt2").config.n_embd == 32
-    urls = [model_module.HUB.format("gpt2", f) for f in ("config.json", "model.safetensors")]
-    assert asked == [(urls[0], None), (urls[1], model_module.PUBLISHED["gpt2"])]
+    urls = [HUB.format("gpt2", f) for f in ("config.json", "model.safetensors")]
+    assert asked == [(urls[0], None), (urls[1], PUBLISHED["gpt2"])]
     assert download("gpt2") == tmp_path / "nanorlhf" / "gpt2"
 
 
