@@ -479,7 +479,7 @@ def linear(
     In fp32 F.linear calls Intel's MKL, which uses AVX-512 on Intel's processors alone; oneDNN, a
     part of torch too, uses it on all, and is twice as fast on the others.
     """
-    if not worth_onednn(x, len(weight)):
+    if not ONEDNN or x.is_cuda or x.numel() * len(weight) < PRODUCT:
         return F.linear(x, weight, bias)
     if packed is not None:
         return onednn(x.to(weight.dtype), packed, bias)
@@ -498,10 +498,6 @@ def pack_weights(model: "GPT") -> None:
 
 def pack_weight(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # as if for 16 rows
-
-
-def worth_onednn(x: Tensor, columns: int) -> bool:
-    return ONEDNN and not x.is_cuda and x.numel() * columns >= PRODUCT
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -524,7 +520,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dy^T x: (T, V), (T, C) -> (V, C)."""
-    if not worth_onednn(x, dy.shape[-1]) or x.dtype != torch.float32:
+    if not ONEDNN or x.is_cuda or x.dtype != torch.float32 or not len(x):
         return dy.T @ x
     # oneDNN copies its first argument, transposed: the narrower one
     narrow = dy.shape[-1] <= x.shape[-1]

@@ -450,6 +450,26 @@ def test_every_flag_is_explained(script, tmp_path):
         assert f"--{name}" in result.stdout
 
 
+def test_an_error_in_a_step_names_it_and_what_is_saved(fine_tuned, out, tmp_path):
+    code = "calls = []\ndef f(texts, prompts):\n    calls.append(1)\n"
+    (tmp_path / "r.py").write_text(code + "    return [1.0 / (len(calls) < 3)] * len(texts)\n")
+    flags = [f"--sft={out / 'sft'}", "--reward=r.py:f", "--iterations=5", "--save_every=2"]
+    flags += ["--out=run", "--batch_size=4", "--max_new_tokens=5", "--no-ablation"]
+    result = run("ppo.py", *flags, cwd=tmp_path)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    place = " (ppo, step 2; run has a checkpoint of 2 steps)"
+    assert lines == [f"error: r.py:f, line 4: ZeroDivisionError: float division by zero{place}"]
+    result = run("ppo.py", *flags, "--resume", "--reward=r.py:f", cwd=tmp_path)
+    assert result.stderr.splitlines()[-1].endswith("(ppo, step 4; run has a checkpoint of 4 steps)")
+
+
+def test_with_no_checkpoint_to_resume_from_a_run_says_so_and_begins(fine_tuned, out, capsys):
+    codec = Codec.load(out / "sft")
+    Run("sft", sft.Config(resume=True), out / "new", None, codec)
+    assert "new has no checkpoint to resume from: sft begins at step 0" in capsys.readouterr().out
+
+
 # ---- a person at the terminal
 
 

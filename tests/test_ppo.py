@@ -123,6 +123,13 @@ def test_a_response_without_an_end_gets_the_score_for_that():
     assert rollout.scores[1] == own.scores[1] != -7 and not (own.scores == -7).any()
 
 
+def test_what_is_no_number_stops_before_an_update(monkeypatch):
+    models, config = tiny_models(), ppo.Config(max_new_tokens=4, device="cpu")
+    monkeypatch.setattr(models.reward_model, "score", lambda batch: tensor([0.5, math.nan]))
+    with pytest.raises(ValueError, match="of the sampled responses scores has values .* no number"):
+        ppo.sample_and_score(models, [[1], [2]], config, 0.1, torch.Generator())
+
+
 def test_micro_batches_meet_their_own_old_logprobs():
     models, n = tiny_models(), tensor([3, 1, 2])
     x = torch.randn(5, 6)
