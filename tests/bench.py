@@ -17,6 +17,7 @@ import copy
 import functools
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import sys
@@ -112,6 +113,9 @@ def peak() -> float:
     """The most memory this process has held, in GB."""
     if GPU:
         return torch.cuda.max_memory_allocated() / 2**30
+    if Path("/proc/self/status").exists():  # ru_maxrss begins with what the parent held
+        held = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(held[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -258,9 +262,25 @@ def quiet(folder: str, **flags) -> dict:
     return base | flags
 
 
+def word_tokenizer() -> Any:
+    """1,024 words, for TRL, which wants one; w0 is the pad and the last is end of text."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(1023)} | {"<|endoftext|>": 1023}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(tokenizer_models.WordLevel(words, unk_token="w0")),
+        eos_token="<|endoftext|>",
+        pad_token="w0",
+        padding_side="left",
+    )
+
+
 def bench_sft(size: str, repeats: int) -> None:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
 
     batch, steps = SFT_BATCH[size], repeats + 1
     ours, theirs = both(size)
@@ -278,14 +298,23 @@ def bench_sft(size: str, repeats: int) -> None:
             "labels": ids.masked_fill(mask == 0, -100),
         }
 
-    with tempfile.TemporaryDirectory() as folder:
+    peers, data = {}, Dataset.from_list([{"input_ids": text} for text in texts])
+    for name in ("HF_Trainer", "TRL"):
         times, seconds = step_times()
-        flags = quiet(folder, per_device_train_batch_size=batch, max_steps=steps, max_grad_norm=1.0)
-        data = Dataset.from_list([{"input_ids": text} for text in texts])
-        theirs.train()
-        trainer = Trainer(theirs, TrainingArguments(**flags), collate, data, callbacks=[times])
-        with mock.patch.object(Trainer, "_get_train_sampler", lambda *_: range(len(texts))):
-            trainer.train()
+        trained = copy.deepcopy(theirs).train()
+        with tempfile.TemporaryDirectory() as folder:
+            flags = quiet(folder, per_device_train_batch_size=batch, max_steps=steps)
+            if name == "TRL":
+                args = SFTConfig(**flags, max_length=None)
+                trainer = SFTTrainer(
+                    trained, args, None, data, processing_class=word_tokenizer(), callbacks=[times]
+                )
+            else:
+                args = TrainingArguments(**flags)
+                trainer = Trainer(trained, args, collate, data, callbacks=[times])
+            with mock.patch.object(Trainer, "_get_train_sampler", lambda *_: range(len(texts))):
+                trainer.train()
+        peers[name] = sum(seconds())
 
     optimizer, config = adam([(ours, 1e-5)]), RunConfig()
 
@@ -301,8 +330,7 @@ def bench_sft(size: str, repeats: int) -> None:
             own.append(clock() - began)
         return sum(own[1:])
 
-    floor, peers = training_floor(size, tokens, tokens), {"HF_Trainer": sum(seconds())}
-    own = steps_in(GPU)
+    floor, own = training_floor(size, tokens, tokens), steps_in(GPU)
     if not GPU:
         peers["ours_in_bf16"] = steps_in(True)
     row(f"sft {size} batch {batch}", tokens, floor, own, **peers)
@@ -344,24 +372,11 @@ def our_ppo(size: str, repeats: int, low: bool = GPU) -> tuple[float, float]:
 
 def their_ppo(size: str, repeats: int) -> tuple[float, float]:
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers import models as tokenizer_models
-    from transformers import (
-        GPT2ForSequenceClassification,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     torch.set_num_threads(1)
     batch, (_, theirs) = PPO_BATCH[size], both(size)
-    words = {f"w{i}": i for i in range(1023)} | {"<|endoftext|>": 1023}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(tokenizer_models.WordLevel(words, unk_token="w0")),
-        eos_token="<|endoftext|>",
-        pad_token="w0",
-        padding_side="left",
-    )
     heads = [GPT2ForSequenceClassification(theirs.config) for _ in range(2)]
     for head in heads:
         head.config.num_labels = 1
@@ -379,7 +394,7 @@ def their_ppo(size: str, repeats: int) -> tuple[float, float]:
         data = Dataset.from_list([{"input_ids": p} for p in ppo_prompts()])
         trainer = PPOTrainer(
             args=PPOConfig(**flags),
-            processing_class=tokenizer,
+            processing_class=word_tokenizer(),
             model=theirs,
             ref_model=ref,
             reward_model=heads[0],
