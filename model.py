@@ -936,11 +936,8 @@ def generate(
     ValueError if the longest prompt and max_new_tokens exceed block_size.
     """
     refuse_empty(prompts)
-    model, block_size, device = (
-        sampling_copy(model),
-        model.config.block_size,
-        model.wte.weight.device,
-    )
+    model, block_size = sampling_copy(model), model.config.block_size
+    device = model.wte.weight.device
     S = max(map(len, prompts), default=1) + max_new_tokens
     if S > block_size:
         raise ValueError(
