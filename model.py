@@ -1300,7 +1300,7 @@ def optimizer_step(
 
     So the gradient does not depend on how a batch is cut into micro-batches. `lr` is the share of
     the peak learning rate; each model's gradient is clipped to norm `clip`. Returns the loss and
-    the norms before clipping. ValueError if either is not finite, before anything changes.
+    the norms before clipping. ValueError if either is not finite, before the weights change.
     """
     optimizer.zero_grad(set_to_none=True)
     groups, loss_sum = optimizer.param_groups, 0.0
