@@ -11,13 +11,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 UPDATE = """
-import os, sys, torch
+import atexit, os, sys, torch
 sys.path[:0] = [{root!r}]
 import ppo, reward, sft
 from data.tokenizer import get_tokenizer
 from model import *
 if "RANK" in os.environ:
     torch.distributed.init_process_group("gloo")
+    atexit.register(torch.distributed.destroy_process_group)  # as command() does
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(1025, 64, 2, 2, 32)).eval()
 lengths = [1, 9, 3, 17, 2, 30, 5]  # unequal, and no multiple of two
