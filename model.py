@@ -707,13 +707,16 @@ class ScalarModel(nn.Module):
         return model
 
     def forward(self, batch: Batch) -> Tensor:  # -> (T,)
-        return self.head(self.gpt(batch)).squeeze(-1).float()
+        return self.read(self.gpt(batch))
 
     def values(self, batch: Batch) -> Tensor:  # -> (N,) value of the state before response token n
-        return self.head(self.gpt(batch)[batch.where]).squeeze(-1).float()
+        return self.read(self.gpt(batch)[batch.where])
 
     def score(self, batch: Batch) -> Tensor:  # -> (B,) read at the last token of each sequence
-        return self.head(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1]).squeeze(-1).float()
+        return self.read(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1])
+
+    def read(self, hidden: Tensor) -> Tensor:  # (n, C) -> (n,)
+        return torch.squeeze_copy(self.head(hidden), -1).float()  # of views FSDP2 warns
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PPO, MODEL, REWARD, SFT, RUNS = "ppo", "model", "reward", "sft", "pipeline"  # tests/test_*.py
 R_T = "rewards = -kl_coef * (logprobs - ref_logprobs)"
-SCORE = "return self.head(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1])"
+SCORE = "return self.read(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1])"
 POLICY = "return torch.max(-advantages * ratio, -advantages * clipped).mean()"
 RANKING = "losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())"
 SFT_LOSS = "return -token_logprobs(model, batch)[0].mean()"
@@ -95,10 +95,10 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("not_centred", RUNS, "reward.py", "model.head.bias -=", "model.head.bias -= 0 *"),
     ("score_before_the_end", REWARD, "model.py", SCORE, SCORE.replace("- 1]", "- 2]")),
     ("score_mean_pooled", REWARD, "model.py", SCORE,
-     "return self.head(torch.stack([h.mean(0) for h in "
+     "return self.read(torch.stack([h.mean(0) for h in "
      "self.gpt(batch).split(batch.cu_seqlens.diff().tolist())]))"),
-    ("value_after_its_token", REWARD, "model.py", "self.head(self.gpt(batch)[batch.where])",
-     "self.head(self.gpt(batch)[batch.where + 1])"),
+    ("value_after_its_token", REWARD, "model.py", "self.read(self.gpt(batch)[batch.where])",
+     "self.read(self.gpt(batch)[batch.where + 1])"),
     ("reward_model_shares_the_body", REWARD, "model.py", "gpt if shared else copy.deepcopy(gpt)",
      "gpt"),
     ("sft_mean_of_means", SFT, "sft.py", SFT_LOSS,
