@@ -1462,6 +1462,8 @@ def lock(folder: str | Path) -> None:
         except BlockingIOError:
             LOCKS.pop(folder).close()
             raise ValueError(f"{folder} is in use by another run; choose another --out") from None
+        for unfinished in folder.glob(".*.[0-9]*.tmp"):  # files of a run that was killed
+            unfinished.unlink()
 
 
 @contextmanager

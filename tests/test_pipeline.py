@@ -23,7 +23,7 @@ import reward
 import sft
 from data import labeler, toy
 from data.records import load_comparisons, load_demonstrations, save_records
-from model import GPT, Codec, Run, ScalarModel, adam, load_checkpoint, optimizer_step, parse
+from model import GPT, Codec, Run, ScalarModel, adam, load_checkpoint, lock, optimizer_step, parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -509,6 +509,15 @@ def test_a_person_judges_models_blind(results, ppo_config, out, monkeypatch, tmp
 def test_kills_at_random_instants_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(kills.tempfile, "tempdir", str(tmp_path))
     assert kills.main(12) >= 12
+
+
+def test_what_a_killed_run_had_half_written_goes(tmp_path):
+    code = "import os, pathlib; from data.records import write_atomically as write;"
+    code += f"write(pathlib.Path({str(tmp_path / 'checkpoint.pt')!r}), lambda _: os._exit(9))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    lock(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def until_a_checkpoint(process: subprocess.Popen, folder: Path) -> None:
