@@ -1427,7 +1427,7 @@ CHECKPOINT: dict = {  # the keys of checkpoint.pt and the types of their values;
     "codec": {"tokenizer": {"name": str, ...: str}, "template": str},
     "step": int,
     "metrics": {},
-    "sizes": list,
+    "sizes": {"metrics.jsonl": int, "samples.txt": int},
     "model": {...: Tensor},
     "training": {},
 }
@@ -1446,6 +1446,13 @@ def misfits(found: Any, kinds: dict) -> list[str]:
         elif type(value) is not kind:
             wrong.append(str(key))
     return wrong
+
+
+def size_on_disk(path: Path) -> int:
+    """In bytes, none of which a loss of power would take away."""
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
+        return file.tell()
 
 
 LOCKS: dict[Path, Any] = {}  # open files: a lock ends with its process
@@ -1503,19 +1510,20 @@ class Run:
         lock(folder)
         self.files = [self.folder / "metrics.jsonl", self.folder / "samples.txt"]
         resumed = config.resume and (self.folder / "checkpoint.pt").exists()
-        sizes = self._restore() if resumed else [0] * len(self.files)
+        sizes = self._restore() if resumed else {}
         self.saved = self.step if resumed else None  # steps that the checkpoint holds
         if config.resume and not resumed:
             print(f"{self.folder} has no checkpoint to resume from: {stage} begins at step 0")
         if not self.first:
             return
-        for path, size in zip(self.files, sizes, strict=True):
+        for path in self.files:
             with open(path, "ab") as file:
-                file.truncate(size)  # what came after the checkpoint is done again
+                # what came after the checkpoint is done again
+                file.truncate(sizes.get(path.name, 0))
         text = json.dumps(dataclasses.asdict(config), indent=1).encode()
         write_atomically(self.folder / "config.json", lambda file: file.write(text))
 
-    def _restore(self) -> list[int]:
+    def _restore(self) -> dict[str, int]:
         saved, ours = load_checkpoint(self.folder), dataclasses.asdict(self.config)
         for name, value in saved["config"].items():
             if name not in ("resume", "save_every") and ours.get(name) != value:
@@ -1523,8 +1531,18 @@ class Run:
                     f"{self.folder} was made with --{name} {value}, not {ours.get(name)}; "
                     "resume it with the same value, or choose another folder"
                 )
+        for path in self.files:
+            if not path.exists() or path.stat().st_size < saved["sizes"][path.name]:
+                raise ValueError(
+                    f"{path} lacks lines that it had when {self.folder}/checkpoint.pt was written: "
+                    "a run that began anew has replaced it; begin anew too, without --resume"
+                )
         for name, thing in self.state.items():
-            restore(thing, saved["model"] if name == "model" else saved["training"][name])
+            try:
+                restore(thing, saved["model"] if name == "model" else saved["training"][name])
+            except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                what = f"its {name} is not this one: {' '.join(str(error).split()):.200}"
+                raise ValueError(f"{self.folder}/checkpoint.pt: {what}") from None
         self.step, self.metrics = saved["step"], saved["metrics"]
         return saved["sizes"]
 
@@ -1543,7 +1561,7 @@ class Run:
             "codec": self.codec.state_dict(),
             "step": self.step,
             "metrics": self.metrics,
-            "sizes": [path.stat().st_size for path in self.files],
+            "sizes": {path.name: size_on_disk(path) for path in self.files},
             "model": state.pop("model"),
             "training": state,
         }

@@ -416,6 +416,37 @@ def test_resuming_another_configuration_is_refused(fine_tuned, sft_config):
         sft.main(config)
 
 
+def test_resuming_what_a_new_run_has_begun_to_replace_is_refused(
+    fine_tuned, sft_config, monkeypatch, tmp_path
+):
+    config = replace(sft_config, init=sft_config.base, out=str(tmp_path), toy_demonstrations=120)
+    sft.main(config)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    killed_after(monkeypatch, 2, lambda: sft.main(config))  # without --resume
+    begun = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="metrics.jsonl lacks lines"):
+        sft.main(replace(config, resume=True))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == begun
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["another shape", "a weight missing", "no optimizer"])
+def test_resuming_another_network_is_one_line(damage, fine_tuned, sft_config, tmp_path):
+    config = replace(sft_config, init=sft_config.base, out=str(tmp_path), toy_demonstrations=120)
+    sft.main(config)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if damage == "another shape":
+        saved["model"]["wpe.weight"] = torch.zeros(3)
+    elif damage == "a weight missing":
+        del saved["model"]["wpe.weight"]
+    else:
+        del saved["training"]["optimizer"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt: its (model|optimizer) is not") as error:
+        sft.main(replace(config, resume=True))
+    assert "\n" not in str(error.value)
+
+
 # ---- the command line
 
 
