@@ -252,10 +252,9 @@ def bad_files() -> list:
             add_row(name, f"{key} missing", {**good, key: ...})
     for case, fields in BAD_COMPARISONS.items():
         add_row("comparisons", case, {**COMPARISON, **fields})
-    for case, row in BAD_TREES.items():
-        add_row("oasst", case, row)
-    for case, row in BAD_DIALOGUES.items():
-        add_row("hh", case, row)
+    for name, bad_rows in (("oasst", BAD_TREES), ("hh", BAD_DIALOGUES)):
+        for case, row in bad_rows.items():
+            add_row(name, case, row)
     for name in ("instructions", "preferences"):
         good = json.dumps(READERS[name][0]).encode()
         add(name, "array not closed", b"[\n" + good + b",\n" + good, 3, ".json")
