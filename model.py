@@ -930,13 +930,15 @@ def generate(
     top_k: int = 0,
     generator: torch.Generator | None = None,
     max_rows: int = 256,
+    title: str = "",
 ) -> list[list[int]]:
     """Samples a response to every prompt: tokens up to and with eos_token, or max_new_tokens.
 
     Prompts of all lengths decode together, each row against its own stretch of the key-value cache.
     The last live row moves into the hole a finished one leaves; waiting prompts follow when there
     are more than max_rows. Token t of prompt b is drawn with uniform[b, t], whatever its row.
-    ValueError if the longest prompt and max_new_tokens exceed block_size.
+    A title is that of a progress bar. ValueError if the longest prompt and max_new_tokens exceed
+    block_size.
     """
     refuse_empty(prompts)
     model, block_size = sampling_copy(model), model.config.block_size
@@ -956,14 +958,16 @@ def generate(
     R, admitted = min(max_rows, len(prompts)), 0
     rows = Rows(model, R, S, choose, max_new_tokens, eos_token)
     responses: dict[int, list[int]] = {}
-    while len(responses) < len(prompts):
-        if admitted < len(prompts) and rows.live <= R * 3 // 4:  # in bulk, not one at a time
-            new = prompts[admitted : admitted + R - rows.live]
-            rows.admit(admitted, new)
-            admitted += len(new)
-        responses |= rows.drop_ended()
-        for _ in range(ask_every(device) if rows.live else 0):
-            rows.advance()
+    with progress(title, len(prompts), leave=False) as bar:
+        while len(responses) < len(prompts):
+            if admitted < len(prompts) and rows.live <= R * 3 // 4:  # in bulk, not one at a time
+                new = prompts[admitted : admitted + R - rows.live]
+                rows.admit(admitted, new)
+                admitted += len(new)
+            responses |= rows.drop_ended()
+            bar.update(len(responses) - bar.n)
+            for _ in range(ask_every(device) if rows.live else 0):
+                rows.advance()
     return [responses[b] for b in range(len(prompts))]
 
 
@@ -1145,6 +1149,12 @@ def batches(prompts: list[list[int]], responses: list[list[int]], config: RunCon
     for part in passes(lengths, config):
         device = resolve_device(config.device)
         yield pack([prompts[b] for b in part], [responses[b] for b in part], device)
+
+
+def progress(title: str, total: int, done: int = 0, leave: bool = True) -> tqdm:
+    """A bar on the process that writes; in a file, which keeps all that it shows, it is slow."""
+    pause, quiet = 0.1 if sys.stderr.isatty() else 10, rank_and_world()[0] > 0 or not title
+    return tqdm(None, title, total, leave, mininterval=pause, disable=quiet, initial=done)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1570,16 +1580,15 @@ class Run:
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that remain, behind a progress bar; what a step logs is written as it ends."""
-        steps, quiet = range(self.step, total), not self.first
-        bar = tqdm(steps, self.stage, total, initial=self.step, disable=quiet)
         Run.going_on = self
-        with stop_signals() as caught:
-            for step in bar:
+        with stop_signals() as caught, progress(self.stage, total, self.step) as bar:
+            for step in range(self.step, total):
                 self.metrics = {"step": step}
                 yield step
                 self._append(self.files[0], json.dumps(self.metrics) + "\n")
                 shown = [f"{name.split('/')[-1]} {self.metrics[name]:.3g}" for name in self.shown]
-                bar.set_postfix_str(", ".join(shown))
+                bar.set_postfix_str(", ".join(shown), refresh=False)
+                bar.update()
                 self.step = step + 1
                 stopped = any(all_shares(bool(caught)))  # all of them end, after the same step
                 if self.step % self.config.save_every == 0 or self.step == total or stopped:

@@ -544,10 +544,11 @@ class Contest:
         All models draw with the same random numbers, which narrows the differences between them.
         """
         seed = generator(self.config.seed, "compare")
-        new, eos = self.config.max_new_tokens, self.codec.eos
         if temperature is None:
             temperature = self.config.temperature
-        return generate(model, prompts or self.prompts, new, eos, temperature, generator=seed)
+        limits = (self.config.max_new_tokens, self.codec.eos, temperature)
+        asked = prompts or self.prompts
+        return generate(model, asked, *limits, generator=seed, title="answers to compare")
 
     def scores(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         scores = [self.reward_model.score(b) for b in batches(prompts, responses, self.config)]

@@ -120,10 +120,10 @@ def collect(config: Config) -> list[dict]:
         rows = load_prompts(config.prompts)
     room = model.config.block_size - config.max_new_tokens
     prompts = [codec.prompt(row["prompt"])[-room:] for row in rows for _ in range(config.responses)]
-    print(f"sampling {len(prompts)} responses of {source}")
     limits = (config.max_new_tokens, codec.eos, config.temperature)
     seed = generator(*my_place(*place))
-    shares = all_shares(generate(model, my_share(prompts), *limits, generator=seed))
+    title = f"responses of {source}"
+    shares = all_shares(generate(model, my_share(prompts), *limits, generator=seed, title=title))
     texts, items = iter([codec.text(tokens) for share in shares for tokens in share]), []
     for row in rows:
         different = dict.fromkeys(next(texts) for _ in range(config.responses))
