@@ -123,6 +123,14 @@ def test_a_response_without_an_end_gets_the_score_for_that():
     assert rollout.scores[1] == own.scores[1] != -7 and not (own.scores == -7).any()
 
 
+def test_a_rollouts_advantages_are_whitened_and_its_returns_are_not():
+    config = ppo.Config(max_new_tokens=4, device="cpu")
+    rollout = ppo.sample_and_score(tiny_models(), [[1], [2]], config, 0.1, torch.Generator())
+    raw = rollout.returns - rollout.old_values
+    assert abs(raw.mean()) > 0.01 and abs(raw.std(unbiased=False) - 1) > 0.01
+    close(rollout.advantages, whiten(raw), 1e-5)
+
+
 def test_what_is_no_number_stops_before_an_update(monkeypatch):
     models, config = tiny_models(), ppo.Config(max_new_tokens=4, device="cpu")
     monkeypatch.setattr(models.reward_model, "score", lambda batch: tensor([0.5, math.nan]))
