@@ -814,7 +814,7 @@ def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
 
 
 @torch.inference_mode(False)  # inside it a sharded model has no state_dict
-def sampling_copy(model: GPT) -> GPT:
+def sampling_copy(model: GPT, rows: int) -> GPT:
     """The network that generate decodes with: whole if the model is sharded, and in eval mode.
 
     Its weights have autocast's precision: it would cast them anew for every token.
@@ -826,8 +826,8 @@ def sampling_copy(model: GPT) -> GPT:
         copied = GPT(model.config)
     weights = {name: w.to(dtype) for name, w in state_of(model).items()}
     copied.load_state_dict(weights, assign=True)  # shares them if nothing has to be changed
-    if ONEDNN and device == "cpu" and dtype != torch.float64:
-        pack_weights(copied)
+    if ONEDNN and rows >= 8 and device == "cpu" and dtype != torch.float64:
+        pack_weights(copied)  # for fewer rows it would not pay
     return copied.eval()
 
 
@@ -941,7 +941,8 @@ def generate(
     block_size.
     """
     refuse_empty(prompts)
-    model, block_size = sampling_copy(model), model.config.block_size
+    R, block_size = min(max_rows, len(prompts)), model.config.block_size
+    model = sampling_copy(model, R)
     device = model.wte.weight.device
     S = max(map(len, prompts), default=1) + max_new_tokens
     if S > block_size:
@@ -955,8 +956,7 @@ def generate(
     def choose(logits: Tensor, who: Tensor, step: Tensor) -> Tensor:
         return draw(logits, uniform[who, step], temperature, top_k)
 
-    R, admitted = min(max_rows, len(prompts)), 0
-    rows = Rows(model, R, S, choose, max_new_tokens, eos_token)
+    rows, admitted = Rows(model, R, S, choose, max_new_tokens, eos_token), 0
     responses: dict[int, list[int]] = {}
     with progress(title, len(prompts), leave=False) as bar:
         while len(responses) < len(prompts):

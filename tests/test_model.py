@@ -683,6 +683,20 @@ def test_generate_is_the_naive_loop(temperature, top_k, max_rows):
     assert any(r[-1] != 0 and len(r) == NEW for r in responses)  # some are cut
 
 
+def test_generate_with_packed_weights_is_the_naive_loop(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch comes without oneDNN")
+    gpt, expected = naive_responses(1.0, 0)
+    packed, pack_one = [], pack_weight
+    monkeypatch.setattr(model_module, "ONEDNN", True)
+    monkeypatch.setattr(model_module, "PRODUCT", 1)
+    monkeypatch.setattr(model_module, "pack_weight", lambda w: packed.append(w) or pack_one(w))
+    for rows in (7, 8):
+        assert not packed
+        assert generate(gpt, MANY, NEW, 0, generator=seeded(3), max_rows=rows) == expected
+    assert len(packed) == 1 + 4 * gpt.config.n_layer
+
+
 @pytest.mark.parametrize("max_rows", [256, 7])
 def test_rows_that_have_ended_may_go_on_for_a_while(max_rows, monkeypatch):
     """As on a GPU: asked every five steps, and in powers of two of rows, of which some are free."""
