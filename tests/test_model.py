@@ -28,6 +28,7 @@ from model import (
     draw,
     gelu,
     generate,
+    is_zen5,
     pack,
     pack_weight,
     token_logprobs,
@@ -453,6 +454,15 @@ def test_linear_and_its_gradients(T, C, V, biased, by_onednn, monkeypatch):
             torch.testing.assert_close(layer(x), out)
 
 
+@pytest.mark.parametrize(
+    "vendor, family, expected",
+    [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False)],
+)
+def test_zen5_is_told_by_its_family(vendor, family, expected):
+    cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+    assert is_zen5(cpuinfo) == expected
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 def test_gelu_and_its_gradient(dtype, tolerance):
     x = torch.linspace(-12, 12, 4001).to(dtype).requires_grad_()
@@ -688,7 +698,7 @@ def test_generate_with_packed_weights_is_the_naive_loop(monkeypatch):
         pytest.skip("this torch comes without oneDNN")
     gpt, expected = naive_responses(1.0, 0)
     packed, pack_one = [], pack_weight
-    monkeypatch.setattr(model_module, "ONEDNN", True)
+    monkeypatch.setattr(model_module, "PACKS", True)
     monkeypatch.setattr(model_module, "PRODUCT", 1)
     monkeypatch.setattr(model_module, "pack_weight", lambda w: packed.append(w) or pack_one(w))
     for rows in (7, 8):
