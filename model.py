@@ -43,7 +43,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mes
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.records import printable, write_atomically
+from data.records import printable, remove_unfinished, write_atomically
 from data.tokenizer import from_state, get_tokenizer, to_state
 from data.weights import (
     is_hugging_face,
@@ -468,6 +468,7 @@ def is_zen5(cpuinfo: str) -> bool:
 
 
 CPUINFO = Path("/proc/cpuinfo")
+# whether oneDNN multiplies by packed weights, and by all others
 PACKS = torch.backends.mkldnn.is_available() and "512" in torch.backends.cpu.get_cpu_capability()
 ONEDNN = PACKS and CPUINFO.exists() and is_zen5(CPUINFO.read_text())
 PRODUCT = 2**20  # multiplications that are worth what oneDNN sets up
@@ -1489,8 +1490,7 @@ def lock(folder: str | Path) -> None:
         except BlockingIOError:
             LOCKS.pop(folder).close()
             raise ValueError(f"{folder} is in use by another run; choose another --out") from None
-        for unfinished in folder.glob(".*.[0-9]*.tmp"):  # files of a run that was killed
-            unfinished.unlink()
+        remove_unfinished(folder)  # by a run that was killed
 
 
 @contextmanager

@@ -304,7 +304,8 @@ def report(
             name = f"prefers a perfect response to: {flaw}"
             found[name] = pair_accuracy(probe_scores, [[1, 2]] * len(probes))
     for name, (share, half_width, n) in found.items():
-        print(f"{name:48s} {f'{share:.3f} ± {half_width:.3f} of {n} pairs' if n else 'no pairs'}")
+        shown = f"{share:.3f} ± {half_width:.3f} of {n} pairs" if n else "no pairs"
+        print(f"{name:48s} {shown}")
     bins = calibration(scores, ranks)
     for predicted, observed, n in bins:
         print(f"pairs ordered with probability {predicted:.2f}: {observed:.2f} rightly, of {n}")

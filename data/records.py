@@ -260,6 +260,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what write_atomically was writing in processes that were killed."""
+    for temporary in folder.glob(".*.[0-9]*.tmp"):
+        temporary.unlink()
+
+
 def rank_shuffled(prompt: str, responses: list[str], ranks: list[int]) -> Comparison:
     """A comparison in random order, so that nothing can learn a rank from a place in the list."""
     order = list(range(len(responses)))
