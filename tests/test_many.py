@@ -120,6 +120,27 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     assert moved.abs().max() > 1e-3  # there was an update to compare
 
 
+WHITEN = """
+import atexit, sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import ppo
+from test_ppo import close, tiny_models
+torch.distributed.init_process_group("gloo")
+atexit.register(torch.distributed.destroy_process_group)
+seed = torch.Generator().manual_seed(torch.distributed.get_rank())
+config = ppo.Config(max_new_tokens=4, device="cpu")
+rollout = ppo.sample_and_score(tiny_models(), [[1], [2], [3], [4]], config, 0.1, seed)
+close(rollout.advantages, ppo.whiten(rollout.returns - rollout.old_values), 1e-5)
+"""
+
+
+def test_advantages_are_whitened_over_all_processes(tmp_path):
+    script = tmp_path / "whiten.py"
+    script.write_text(WHITEN.format(root=str(ROOT)))
+    result = launch(2, script, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture(scope="module", params=["--no-shard", "--shard"])
 def trained(tmp_path_factory, request) -> Path:
     """All stages, tiny, by two processes."""

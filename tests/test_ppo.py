@@ -2,12 +2,15 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import tensor
 
 import ppo
+from data import labeler, toy
+from data.records import save_records
 from data.tokenizer import get_tokenizer
 from model import (
     GPT,
@@ -129,6 +132,27 @@ def test_a_rollouts_advantages_are_whitened_and_its_returns_are_not():
     raw = rollout.returns - rollout.old_values
     assert abs(raw.mean()) > 0.01 and abs(raw.std(unbiased=False) - 1) > 0.01
     close(rollout.advantages, whiten(raw), 1e-5)
+
+
+def test_policy_and_reference_agree_at_any_temperature():
+    config = ppo.Config(max_new_tokens=4, device="cpu", temperature=0.7)
+    rollout = ppo.sample_and_score(tiny_models(), [[1], [2]], config, 0.1, torch.Generator())
+    assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
+
+
+def test_every_iteration_draws_anew(tiny_base, monkeypatch, tmp_path):
+    """Samples and the order of the minibatches."""
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    flags = {"sft": tiny_base, "reward": f"{tmp_path}/mine.py:size", "out": str(tmp_path / "ppo")}
+    flags |= {"iterations": 3, "batch_size": 4, "ppo_epochs": 1, "max_new_tokens": 12}
+    seeds, orders, sample, update = [], [], ppo.sample_and_score, ppo.update
+    monkeypatch.setattr(
+        ppo, "sample_and_score", lambda *x: seeds.append(x[-1].initial_seed()) or sample(*x)
+    )
+    monkeypatch.setattr(ppo, "update", lambda *x: orders.append(x[-1]) or update(*x))
+    ppo.train(ppo.Config(device="cpu", **flags))
+    assert len(seeds) == len(orders) == 3
+    assert len(set(seeds)) == len(set(orders)) == 3
 
 
 def test_what_is_no_number_stops_before_an_update(monkeypatch):
@@ -512,6 +536,89 @@ def test_adams_settings(name, value):
     """#53: InstructGPT's betas; torch's own epsilon, since InstructGPT names none."""
     optimizer = adam([(torch.nn.Linear(1, 1), 1e-3), (torch.nn.Linear(1, 1), 1e-4)])
     assert [group[name] for group in optimizer.param_groups] == [value] * 2
+
+
+# ---- the comparison ----
+
+
+@pytest.fixture
+def contest(tiny_base) -> ppo.Contest:
+    """Four prompts, and an untrained model that answers and judges."""
+    gpt, codec = GPT.load(tiny_base).eval(), Codec.load(tiny_base)
+    asked = [row["prompt"] for row in toy.prompts(4, 0, "dev")]
+    config = ppo.Config(device="cpu", max_new_tokens=8, temperature=0.7)
+    prompts = [codec.prompt(text) for text in asked]
+    return ppo.Contest(asked, prompts, gpt, ScalarModel(gpt).eval(), codec, config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lead, win_rate", [(0, 0.5), (1, 1), (-1, 0)])
+def test_a_tie_is_half_a_win(lead, win_rate, contest):
+    responses = contest.answers(contest.sft)
+    rival = [gold - lead for gold in contest.gold(responses)]
+    row, _ = ppo.evaluate(contest, "x", responses, None, rival)
+    assert row["win_rate"] == win_rate
+
+
+def test_a_persons_win_rate_counts_ranks_above_the_fine_tuned_model(contest, monkeypatch, tmp_path):
+    contest.config = replace(contest.config, out=str(tmp_path))
+    names = ("base", "sft", "ppo")
+    rows = [{"model": name} for name in names]
+    answers = {name: ([contest.codec.response(name)] * 4, None) for name in names}
+    monkeypatch.setattr(labeler.Person, "ask", lambda *_: [3, 2, 1])
+    ppo.judge_by_hand(rows, answers, contest)
+    assert [row.get("human_win_rate") for row in rows] == [0, None, 1]
+
+
+@torch.no_grad()
+def test_the_kl_of_a_model_with_itself_is_zero_at_any_temperature(contest):
+    assert contest.kl(contest.sft, contest.answers(contest.sft)) == [0, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_best_of_n_is_the_best_of_the_first_n(contest, monkeypatch):
+    # of each prompt's 16 answers, the one in place 5 scores highest, and nearer ones higher
+    n, chosen = ppo.BEST_OF, []
+    answers = [[b, contest.codec.eos] for b in range(4 * n)]
+
+    def gold(best: list[list[int]]) -> list[float]:
+        chosen.append([response[0] for response in best])
+        return [0.0]
+
+    monkeypatch.setattr(contest, "answers", lambda *_: answers)
+    monkeypatch.setattr(
+        contest, "scores", lambda _, given: [-float((r[0] % n - 5) ** 2) for r in given]
+    )
+    monkeypatch.setattr(contest, "gold", gold)
+    contest.best_of_n()
+    assert chosen == [[n * p + place for p in range(4)] for place in (0, 1, 3, 5, 5)]
+
+
+def test_a_prompted_answer_ends_at_its_line_break(contest, monkeypatch):
+    codec = contest.codec
+    encode, yes = codec.tokenizer.encode_ordinary, codec.response("Yes.")
+    given = [encode(" Yes.\nQuestion: Why?"), yes, encode("Yes, but")]  # the third one is cut
+    contest.asked = contest.asked[:3]
+    monkeypatch.setattr(contest, "answers", lambda *_: given)
+    assert contest.prompted(contest.sft) == [yes, yes, encode("Yes, but")]
+
+
+@torch.no_grad()
+def test_the_pretraining_loss_is_of_pages_that_pretraining_has_not_seen(contest, monkeypatch):
+    pages, asked = toy.pages, []
+    monkeypatch.setattr(toy, "pages", lambda n, seed: asked.append((n, seed)) or pages(n, seed))
+    for seed in (0, 5):
+        config = replace(contest.config, seed=seed)
+        ppo.pretraining_loss(contest.sft, contest.codec, config)
+    assert asked == [(300, -1)] * 2
+    assert not set(pages(300, -1)) & set(pages(16000, 0))
+
+
+def test_the_last_prompts_of_a_file_are_held_out(tmp_path):
+    save_records(tmp_path / "p.jsonl", [{"prompt": f"p{i}"} for i in range(10)])
+    config = ppo.Config(prompts=str(tmp_path / "p.jsonl"), eval_prompts=3)
+    assert ppo.training_prompts(config) == [f"p{i}" for i in range(7)]
+    assert ppo.held_out(config) == ["p7", "p8", "p9"]
 
 
 # ---- the whole objective: the optimum of E[score] - kl_coef KL is pi_ref exp(score / kl_coef) / Z

@@ -1,4 +1,4 @@
-"""The ranking loss by hand, and the positions at which a ScalarModel is read."""
+"""The ranking loss by hand, the report, and the positions at which a ScalarModel is read."""
 
 import math
 import random
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import tensor
 
 import reward
+from data import toy
+from data.records import save_records
 from data.tokenizer import get_tokenizer
 from model import GPT, Codec, GPTConfig, ScalarModel, pack
 from reward import ranking_loss
@@ -169,6 +171,53 @@ def test_a_bag_of_words_learns_words_and_neither_order_nor_prompt():
     order = [comparison([1, *x, 2], [2, *x, 1]) for x in noise]
     found = reward.bag_of_words(order[:300], order[300:], 20)
     assert all(good == pytest.approx(bad, abs=1e-5) for good, bad in found)
+
+
+def test_a_labeler_who_is_always_wrong_is_reported_as_such(monkeypatch):
+    """And the reward model as always right by the rubric, for it scores by the rubric here."""
+    codec = Codec(get_tokenizer("toy"), "{prompt}\\n")
+    records = [
+        {"prompt": pair["prompt"], "responses": [pair["bad"], pair["good"]], "ranks": [1, 2]}
+        for pair in toy.probe_pairs(20, 0)
+    ]
+    comparisons = reward.tokenised(records, codec, 10**9)
+
+    def rubric(_, chosen: list[reward.Comparison], config: reward.Config) -> list[list[float]]:
+        rows = [c.record for c in chosen]
+        return [[toy.gold(row["prompt"], text) for text in row["responses"]] for row in rows]
+
+    monkeypatch.setattr(reward, "score_all", rubric)
+    found = reward.report(None, comparisons, comparisons, codec, reward.Config())["pairs"]
+    assert found["labeler against the hidden rubric"][0] == 0
+    assert found["reward model against the hidden rubric"][0] == 1
+    assert found["reward model, held-out comparisons"][0] == 0
+
+
+# ---- the comparisons ----
+
+
+def test_new_comparisons_come_before_the_merged_ones(tmp_path):
+    """The first ones are held out."""
+    for name in ("new", "old"):
+        row = {"prompt": name, "responses": ["a", "b"], "ranks": [1, 2]}
+        save_records(tmp_path / f"{name}.jsonl", [row])
+    files = {"comparisons": str(tmp_path / "new.jsonl"), "merge": str(tmp_path / "old.jsonl")}
+    config = reward.Config(labeler="file", out=str(tmp_path), **files)
+    assert [row["prompt"] for row in reward.ranked(config)] == ["new", "old"]
+
+
+@torch.no_grad()
+def test_without_demonstrations_the_best_ranked_score_zero(tiny_base):
+    model, codec = ScalarModel(GPT.load(tiny_base)).eval(), Codec.load(tiny_base)
+    records = [
+        {"prompt": "Why?", "responses": ["a b", "c", "d!"], "ranks": ranks}
+        for ranks in ([2, 1, 3], [1, 1, 2])
+    ]
+    comparisons = reward.tokenised(records, codec, 256)
+    config = reward.Config(comparisons="x", device="cpu")
+    reward.center(model, comparisons, codec, config)
+    (_, best, _), (one, other, _) = reward.score_all(model, comparisons, config)
+    assert best + one + other == pytest.approx(0, abs=1e-5)
 
 
 # ---- where a ScalarModel is read ----

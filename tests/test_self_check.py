@@ -57,8 +57,9 @@ def test_a_sound_setup_passes(config, capsys):
 
 
 def test_it_is_a_flag_of_ppo(config, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         ppo.main(replace(config, check=True, missing_eos_score=-1.0))
+    assert error.value.code == 2
     out = capsys.readouterr().out
     assert "FAIL  responses end" in out and "likely cause: --max_new_tokens is too small" in out
 
@@ -105,6 +106,10 @@ def frozen_policy(m: ppo.Models) -> None:
     m.policy.wte.weight.requires_grad_(True).register_hook(torch.zeros_like)
 
 
+def forget_what_is_loaded(m: ppo.Models) -> None:
+    m.policy.load_state_dict = lambda state: None
+
+
 def score_in_the_middle(m: ppo.Models) -> None:
     def score(self, batch):
         return self(batch)[batch.cu_seqlens[1:].long() - 3]
@@ -121,6 +126,7 @@ BROKEN = {
     "constant reward": (constant_reward, {}, "scores_differ"),
     "policy gets no gradient": (frozen_policy, {}, "a_step_moves_the_policy_alone"),
     "score in the middle": (score_in_the_middle, {}, "the_score_is_read_at_the_end"),
+    "weights do not come back": (forget_what_is_loaded, {}, "saving_changes_nothing"),
     "responses are cut": (lambda m: None, {"missing_eos_score": -1.0}, "responses_end"),
 }
 

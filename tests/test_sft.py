@@ -1,13 +1,15 @@
-"""The fine-tuning loss, and that it does not depend on how a batch is cut."""
+"""The fine-tuning loss, that it does not depend on how a batch is cut, and what a run trains on."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import tensor
 
+import sft
 from data.tokenizer import get_tokenizer
-from model import GPT, Codec, GPTConfig, fit, optimizer_step, pack
+from model import GPT, Codec, GPTConfig, Pair, Run, ScalarModel, fit, optimizer_step, pack
 from sft import sft_loss
 
 EOS = 0
@@ -163,3 +165,69 @@ def test_a_response_ends_and_its_prompt_is_cut_from_the_left():
     assert codec.text(codec.response("The end.")) == "The end."
     assert fit([1, 2, 3, 4], [5, 6], 4) == ([3, 4], [5, 6])
     assert fit([1, 2], [5, 6], 4) == ([1, 2], [5, 6])
+
+
+# ---- a run: 40 demonstrations, 4 pages mixed in, 4 of the 44 held out ----
+
+
+def fine_tuning(base: str, folder: Path, **flags) -> sft.Config:
+    small = {"toy_demonstrations": 40, "toy_texts": 60, "batch_size": 8, "epochs": 2}
+    return sft.Config(init=base, out=str(folder), held_out=0.1, **small | flags)
+
+
+def test_what_is_held_out_is_not_trained_on(tiny_base, monkeypatch, tmp_path):
+    trained, measured = set(), set()  # identities, since equal pairs may lie on both sides
+    batch_at, mean_loss = sft.batch_at, sft.mean_loss
+
+    def noted_batch(*place) -> list[Pair]:
+        chosen = batch_at(*place)
+        trained.update(map(id, chosen))
+        return chosen
+
+    def noted_loss(model: GPT, pairs: list[Pair], config: sft.Config) -> float:
+        measured.update(map(id, pairs))
+        return mean_loss(model, pairs, config)
+
+    monkeypatch.setattr(sft, "batch_at", noted_batch)
+    monkeypatch.setattr(sft, "mean_loss", noted_loss)
+    sft.main(fine_tuning(tiny_base, tmp_path))
+    assert len(trained) == 40 and len(measured) == 4
+    assert trained.isdisjoint(measured)
+
+
+@pytest.mark.parametrize("mix, pairs_in_all", [(0.0, 40), (0.1, 44), (0.5, 60)])
+def test_documents_are_mixed_in_by_the_demonstration(
+    mix, pairs_in_all, tiny_base, monkeypatch, tmp_path
+):
+    counts = []
+
+    def count(run: Run, pairs: list[Pair], *_) -> dict[str, float]:
+        counts.append(len(pairs))
+        return {"held_out_loss": 0.0}
+
+    monkeypatch.setattr(sft, "train", count)
+    sft.main(fine_tuning(tiny_base, tmp_path, pretrain_mix=mix))
+    assert counts == [pairs_in_all]
+
+
+def test_every_step_draws_a_dropout_of_its_own(tiny_base, monkeypatch, tmp_path):
+    seeds, step = [], sft.optimizer_step
+    monkeypatch.setattr(
+        sft, "optimizer_step", lambda *x: seeds.append(torch.initial_seed()) or step(*x)
+    )
+    sft.main(fine_tuning(tiny_base, tmp_path, dropout=0.1))
+    assert len(set(seeds)) == len(seeds) == 10  # two epochs of 40 pairs, 8 a step
+
+
+def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch):
+    gpt, codec = GPT.load(tiny_base), Codec.load(tiny_base)
+    monkeypatch.setattr(sft.ScalarModel, "load", lambda folder: ScalarModel(gpt))
+    selection = sft.Selection("", codec, sft.Config(device="cpu"))
+    for epoch, score in enumerate((0.1, 0.9, 0.5), start=1):
+        gpt.wpe.weight.data.fill_(epoch)
+        monkeypatch.setattr(
+            selection.reward_model, "score", lambda batch, score=score: tensor([score])
+        )
+        selection.judge(gpt, [([1, 2], [3])])
+    assert selection.load_best(gpt)["epoch"] == 2
+    assert (gpt.wpe.weight == 2).all()

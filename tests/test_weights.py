@@ -125,6 +125,7 @@ def test_gpt2s_own_tokenizer_files(tmp_path, monkeypatch):
         ({"n_layer": True}, "n_layer is True"),
         ({"n_head": 3}, "n_head divides n_embd"),
         ({"n_layer": 3}, "weight h.2.attn.c_attn.bias is missing"),
+        ({"n_layer": 1}, "weight h.1.attn.c_attn.bias is (96,), expected missing"),
         ({"vocab_size": 64}, "weight wte.weight is (128, 32), expected (64, 32)"),
         ({"model_type": "llama"}, "model_type is llama"),
     ],
