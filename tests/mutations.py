@@ -1,9 +1,9 @@
 """Injects known bugs into a copy of the code, one at a time, and shows that the tests see each.
 
-    python tests/mutations.py             # all; about 25 minutes on one core, a line for each bug
+    python tests/mutations.py             # all; about 30 minutes on one core, a line for each bug
     python tests/mutations.py kl_sign     # those whose name contains this
 
-Most of the bugs have stood in a published implementation. A test of its own makes sure that each of
+Many of the bugs have stood in a published implementation. A test of its own makes sure that each of
 them can still be put into the code as it is.
 """
 
@@ -18,11 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PPO, MODEL, REWARD, SFT, RUNS = "ppo", "model", "reward", "sft", "pipeline"  # tests/test_*.py
+MANY, CHECK, WEIGHTS = "many", "self_check", "weights"
 R_T = "rewards = -kl_coef * (logprobs - ref_logprobs)"
 SCORE = "return self.read(self.gpt(batch)[batch.cu_seqlens[1:].long() - 1])"
 POLICY = "return torch.max(-advantages * ratio, -advantages * clipped).mean()"
 RANKING = "losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())"
 SFT_LOSS = "return -token_logprobs(model, batch)[0].mean()"
+WHITENED = "whiten(advantages), returns)"
+OWN_SHARES = "[int(n.sum()) for n in lengths.chunk(rank_and_world()[1])]"
 REFERENCE = "ref_policy = GPT.load(config.sft).to(device).eval()"
 UNSEEN = "unseen = torch.arange(slots, device=n.device) > n[:, None]"
 # fmt: off
@@ -47,8 +50,9 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("returns_carry_gradient", PPO, "ppo.py", "result + values.detach()", "result + values"),
     ("whiten_unbiased", PPO, "ppo.py", "unbiased=False", "unbiased=True"),
     ("whiten_keeps_mean", PPO, "ppo.py", "whitened if shift", "whitened if not shift"),
-    ("advantages_not_whitened", PPO, "ppo.py", "whiten(advantages), returns)",
-     "advantages, returns)"),
+    ("advantages_not_whitened", PPO, "ppo.py", WHITENED, "advantages, returns)"),
+    ("whiten_by_process", MANY, "ppo.py", WHITENED,
+     f"torch.cat([whiten(x) for x in advantages.split({OWN_SHARES})]), returns)"),
     ("kl_controller_unclipped", PPO, "ppo.py", "min(max(kl / target - 1, -0.2), 0.2)",
      "kl / target - 1"),
     ("kl_controller_inverted", PPO, "ppo.py", "max(kl / target - 1",
@@ -82,6 +86,28 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("temperature_in_sampling_only", RUNS, "ppo.py",
      "logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)",
      "logprobs, entropy = token_logprobs(models.policy, batch, 0.9)"),
+    ("temperature_not_in_the_reference", PPO, "ppo.py",
+     "token_logprobs(models.ref_policy, batch, config.temperature)",
+     "token_logprobs(models.ref_policy, batch)"),
+    ("same_samples_every_iteration", PPO, "ppo.py", "generator(*my_place(*seed))",
+     "generator(*my_place(*seed[:2]))"),
+    # the comparison
+    ("temperature_not_in_the_measured_kl", PPO, "ppo.py",
+     "token_logprobs(self.sft, batch, self.config.temperature)",
+     "token_logprobs(self.sft, batch)"),
+    ("ppo_trains_on_held_out_prompts", PPO, "ppo.py",
+     "load_prompts(config.prompts)[: -config.eval_prompts]", "load_prompts(config.prompts)"),
+    ("a_tie_is_a_win", PPO, "ppo.py", "(own > other) / 2 + (own >= other) / 2",
+     "float(own >= other)"),
+    ("human_win_rate_reversed", PPO, "ppo.py",
+     "(ranks[i] < ranks[sft]) / 2 + (ranks[i] <= ranks[sft]) / 2",
+     "(ranks[i] > ranks[sft]) / 2 + (ranks[i] >= ranks[sft]) / 2"),
+    ("interval_of_90_percent", MODEL, "model.py", "1.96 * x.std()", "1.64 * x.std()"),
+    ("best_of_the_last_n", PPO, "ppo.py", "scores[:, :n].max(1)", "scores[:, -n:].max(1)"),
+    ("prompted_answer_not_cut", PPO, "ppo.py", "self.codec.response(toy.cut_answer(text))",
+     "self.codec.response(text)"),
+    ("pretraining_loss_of_seen_pages", PPO, "ppo.py", "toy.pages(300, -1)",
+     "toy.pages(300, config.seed)"),
     # reward model and fine-tuning
     ("ranking_sum", REWARD, "reward.py", RANKING, RANKING.replace("mean", "sum")),
     ("ranking_normalised_twice", REWARD, "reward.py", RANKING,
@@ -93,6 +119,11 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("no_pair_without_gradient", REWARD, "reward.py", "else 0 * scores.sum()",
      "else torch.tensor(0.0)"),
     ("not_centred", RUNS, "reward.py", "model.head.bias -=", "model.head.bias -= 0 *"),
+    ("centred_on_all_ranks", REWARD, "reward.py", "if rank == 1", "if rank >= 1"),
+    ("merged_comparisons_held_out", REWARD, "reward.py", "load_comparisons(path) + earlier",
+     "earlier + load_comparisons(path)"),
+    ("rubric_ranks_reversed", REWARD, "reward.py", "1 + sum(x > own for x in g)",
+     "1 + sum(x < own for x in g)"),
     ("score_before_the_end", REWARD, "model.py", SCORE, SCORE.replace("- 1]", "- 2]")),
     ("score_mean_pooled", REWARD, "model.py", SCORE,
      "return self.read(torch.stack([h.mean(0) for h in "
@@ -113,6 +144,17 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
      "self.tokenizer.encode_ordinary(text)"),
     ("prompt_cut_from_the_right", SFT, "model.py", "return prompt[-room:], response",
      "return prompt[:room], response"),
+    ("sft_trains_on_held_out", SFT, "sft.py", "pairs[:held_out], pairs[held_out:]",
+     "pairs[:held_out], pairs"),
+    ("mix_is_a_share_of_the_pages", SFT, "sft.py", "round(config.pretrain_mix * len(pairs))",
+     "round(config.pretrain_mix * len(pages))"),
+    ("same_dropout_every_step", SFT, "sft.py", "my_place(config.seed, run.stage, step)",
+     "my_place(config.seed, run.stage)"),
+    ("last_epoch_kept", SFT, "sft.py", "{name: w.clone() for name, w", "{name: w for name, w"),
+    ("same_order_every_epoch", MODEL, "model.py", "permutation(len(items), *place, epoch)",
+     "permutation(len(items), *place)"),
+    ("document_loses_a_token_at_a_cut", MODEL, "model.py",
+     "range(0, len(tokens) - 1, block_size - 1)", "range(0, len(tokens) - 1, block_size)"),
     # the batch, the network, log-probabilities
     ("shift_off_by_one", MODEL, "model.py", "self.where = self.is_response.nonzero()[:, 0] - 1",
      "self.where = self.is_response.nonzero()[:, 0].clamp(max=T - 2)"),
@@ -161,6 +203,18 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("same_number_every_step", MODEL, "model.py", "uniform[who, step]", "uniform[who, 0]"),
     ("global_random_numbers", MODEL, "model.py", "max_new_tokens, generator=generator)",
      "max_new_tokens)"),
+    # signals, locks, checks
+    ("second_signal_ignored", MODEL, "model.py", "signal.signal(number, handlers[number])",
+     "pass"),
+    ("unfinished_files_of_others_removed", MODEL, "model.py",
+     'LOCKS[folder] = open(folder / ".lock", "ab")',
+     'remove_unfinished(folder)\n        LOCKS[folder] = open(folder / ".lock", "ab")'),
+    ("surplus_layers_pass", WEIGHTS, "data/weights.py", "sorted(found.keys() | ours.keys())",
+     "sorted(ours)"),
+    ("failed_check_is_status_0", CHECK, "tests/self_check.py", "raise SystemExit(2)",
+     "raise SystemExit(0)"),
+    ("saving_check_always_passes", CHECK, "tests/self_check.py", "return x == 0, f",
+     "return x >= 0, f"),
     # what a checkpoint holds
     ("resume_forgets_the_kl_coefficient", PPO, "ppo.py",
      'self.kl_coef = state["kl_coef"]', "pass"),
