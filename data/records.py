@@ -1,61 +1,60 @@
 """Records: text in JSON Lines, one object a line, UTF-8, gzipped if the name ends in .gz.
 
-The three kinds are the TypedDicts below; documents for pretraining are {"text": str} or plain
-.txt. Further keys are ignored and not returned. Only a compared response may be blank: a model
-can say nothing. A byte-order mark, CRLF line ends and blank lines are survived; any other fault
-is a DataError, which names file and line, and nothing is loaded or written.
+    demonstrations  {"prompt": str, "response": str}
+    comparisons     {"prompt": str, "responses": [str, ...], "ranks": [int, ...]}
+    prompts         {"prompt": str}
+    texts           {"text": str}, or plain .txt
+
+Rank 1 is best, equal ranks are a tie; without ranks the responses are best first. Further keys are
+ignored, but a row in another project's format is refused. Only a compared response may be blank: a
+model can say nothing. A byte-order mark, CRLF line ends and blank lines are accepted. All that
+reads or writes here raises DataError, which names file and line, or the system's OSError; then
+nothing is loaded or written.
 """
 
-import argparse
 import gzip
 import json
 import os
-import random
 import re
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TypedDict
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 MAX_K = 1_000  # responses per prompt; the pairs to compare grow with its square
 MAX_RANK = 2**31 - 1  # what an int32 tensor holds
 MAX_BLANKS = 500_000  # tiktoken's regular expression panics on 999,999 blanks before a word
+# NUL, a lone surrogate, or too many blanks, counted from the first of them
+NOT_PLAIN = re.compile(rf"[\0\ud800-\udfff]|(?<!\s)\s{{{MAX_BLANKS}}}")
+FOREIGN = {"chosen", "rejected", "messages", "conversations", "completion"}  # not keys of ours
+OTHER_FORMATS = "python -m data.convert reads the formats in data/README.md"
+ONE_OBJECT = f"one JSON object a line; {OTHER_FORMATS}"
+NOT_TEXT = [  # files that are not UTF-8: how they begin, what they are, what to do
+    (("PAR1",), "Parquet", "JSON Lines: pandas.read_parquet(A).to_json(B, 'records', lines=True)"),
+    (("\udcff\udcfe", "\udcfe\udcff"), "UTF-16", "UTF-8: iconv -f UTF-16 -t UTF-8 A > B"),
+    (("\x1f\udc8b",), "gzipped", "a name that ends in .gz"),
+]
 
 
-class Demonstration(TypedDict):
-    prompt: str
-    response: str
+class UserError(ValueError):
+    """What a user can repair, in one printable line: the value, what is needed, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, keep=""))
 
 
-class Comparison(TypedDict):
-    prompt: str
-    responses: list[str]  # K >= 2
-    ranks: list[int]  # 1 is best, equal is a tie; left out of a file: the responses are best first
-
-
-class Prompt(TypedDict):
-    prompt: str
-
-
-Converted = tuple[Sequence[Mapping[str, object]], Counter[str]]  # records, counts; total first
-
-
-class DataError(ValueError):
+class DataError(UserError):
     """A fault in a file, in one line: `file:line: what is wrong; expected what`."""
 
     def __init__(self, path: str | Path, line: int, wrong: str, expected: str) -> None:
-        super().__init__(f"{printable(str(path), keep='')}:{line}: {wrong}; expected {expected}")
+        super().__init__(f"{path}:{line}: {wrong}; expected {expected}")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A JSON object and where it stands, so that every complaint about it names file and line."""
 
     path: str | Path
@@ -66,30 +65,17 @@ class Row:
         return DataError(self.path, self.line, wrong, expected)
 
     def text(self, key: str, may_be_blank: bool = False) -> str:
-        """The string under `key`; raises DataError where no model could be trained on it."""
-        if key not in self.fields:
-            raise self.error(f'"{key}" is missing', f'a string under "{key}"')
-        text = self.fields[key]
+        """The string under `key`; refuses what no model could be trained on."""
+        text = self.fields.get(key)
         if not isinstance(text, str):
-            raise self.error(f'"{key}" is of type {type(text).__name__}', "a string")
-        if fault := text_fault(text):
-            raise self.error(f'"{key}" holds {fault}', "plain text")
+            wrong = f"is of type {type(text).__name__}" if key in self.fields else "is missing"
+            raise self.error(f'"{key}" {wrong}', f"a string; {OTHER_FORMATS}")
+        if bad := NOT_PLAIN.search(text):
+            expected = f"no NUL, no lone surrogate, no {MAX_BLANKS:,} blanks in a row"
+            raise self.error(f'"{key}" holds {ascii(bad[0][0])} at {bad.start():,}', expected)
         if not (may_be_blank or text.strip()):
             raise self.error(f'"{key}" is blank', "at least one visible character")
         return text
-
-
-def text_fault(text: str) -> str | None:
-    """What in this text would break a file or a tokenizer further on, None if nothing."""
-    if "\0" in text:
-        return "a NUL character"
-    if surrogate := re.search("[\ud800-\udfff]", text):
-        return f"the lone surrogate U+{ord(surrogate[0]):04X}"
-    # a run of twice MAX_BLANKS fills one of these blocks, wherever it begins
-    starts = range(0, len(text) - MAX_BLANKS + 1, MAX_BLANKS)
-    if any(text[start : start + MAX_BLANKS].isspace() for start in starts):
-        return f"{MAX_BLANKS:,} blanks in a row"
-    return None
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -99,74 +85,51 @@ def printable(text: str, keep: str = "\n\t") -> str:
     )
 
 
-def pair_accuracy(
-    scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]
-) -> tuple[float, float, int]:
-    """(share, 95 % half-width, pairs): how often the response of higher score has the better rank.
-
-    Equal ranks and equal scores do not count. Pairs of one prompt depend on each other, so the
-    interval takes the prompts as independent draws (the variance of a ratio estimator).
-    """
-    wins, pairs = np.zeros(len(ranks)), np.zeros(len(ranks))
-    for p, group in enumerate(zip(scores, ranks, strict=True)):
-        for (score, rank), (other_score, other_rank) in combinations(zip(*group, strict=True), 2):
-            if score != other_score and rank != other_rank:
-                wins[p] += (score > other_score) == (rank < other_rank)
-                pairs[p] += 1
-    n = max(int(pairs.sum()), 1)
-    share = wins.sum() / n
-    half_width = 1.96 * np.sqrt(np.square(wins - share * pairs).sum()) / n
-    return float(share), float(half_width), int(pairs.sum())
-
-
 # ---- reading ----
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, text with its line end) of every line; raises DataError, OSError."""
-    number = 0
+    """Yields (number from 1, text with its line end) of every line."""
+    number, opened = 0, gzip.open if str(path).endswith(".gz") else open
     try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if b"\0" in line:
-                    raise DataError(path, number, "holds a NUL byte", "text in UTF-8")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        wrong = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise DataError(path, number, wrong, "text in UTF-8") from None
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as f:
+            for number, line in enumerate(f, start=1):
+                for starts, found, expected in NOT_TEXT if number == 1 else ():
+                    if line.startswith(starts):
+                        raise DataError(path, 1, f"the file is {found}", expected)
+                if bad := re.search("[\0\udc80-\udcff]", line):  # U+DCff stands for a byte 0xff
+                    wrong = f"byte 0x{ord(bad[0]) % 256:02x} is not UTF-8 text"
+                    raise DataError(path, number, wrong, "text in UTF-8")
+                yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         wrong = f"broken gzip data ({error})"
         raise DataError(path, number + 1, wrong, "a whole file: fetch it again") from None
 
 
-def parse_json(
-    path: str | Path, line: int, text: str, expected: str = "one JSON object a line"
-) -> object:
-    """The JSON value of a text that begins on that line; raises DataError if it is none."""
-
-    def refuse(constant: str) -> NoReturn:  # Python alone would accept NaN and Infinity
-        raise ValueError(f"{constant} is no JSON number")
-
+def parse_json(path: str | Path, line: int, text: str) -> object:
+    """The JSON value of a text that begins on that line."""
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=int)  # NaN and Infinity, which are no JSON, fail
     except json.JSONDecodeError as error:
         line, wrong = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
         wrong = str(error)
-    raise DataError(path, line, f"not JSON: {wrong}", expected)
+    raise DataError(path, line, f"not JSON: {wrong}", ONE_OBJECT)
 
 
 def as_row(path: str | Path, line: int, value: object, name: str = "the row") -> Row:
-    """The value as a Row; raises DataError unless it is a JSON object."""
+    """The value, which must be a JSON object, as a Row."""
     if not isinstance(value, dict):
         raise DataError(path, line, f"{name} is of type {type(value).__name__}", "a JSON object")
     return Row(path, line, value)
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yields the objects of a JSON Lines file; raises DataError at a bad line or without a row."""
+    """Yields the objects of a JSON Lines file, of which there must be one at least."""
     row = None
     for line, text in read_lines(path):
+        if row is None and text.lstrip().startswith("["):
+            raise DataError(path, line, "the file is a JSON array", ONE_OBJECT)
         if text.strip():
             row = as_row(path, line, parse_json(path, line, text.rstrip("\r\n")))
             yield row
@@ -174,81 +137,95 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise DataError(path, 1, "the file is empty", "at least one row")
 
 
-def load_demonstrations(path: str | Path) -> list[Demonstration]:
-    """All demonstrations of a file; raises DataError, OSError."""
-    return [
-        {"prompt": row.text("prompt"), "response": row.text("response")} for row in read_rows(path)
-    ]
+def read_responses(row: Row) -> list[str]:
+    responses = row.fields.get("responses")
+    if not isinstance(responses, list) or not 2 <= len(responses) <= MAX_K:
+        expected = f"2 to {MAX_K:,} strings; {OTHER_FORMATS}"
+        raise row.error('"responses" is no list of responses', expected)
+    named = row._replace(fields={f"responses[{i}]": r for i, r in enumerate(responses)})
+    return [named.text(name, may_be_blank=True) for name in named.fields]
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file, be it of prompts or of another kind; raises DataError, OSError."""
-    return [{"prompt": row.text("prompt")} for row in read_rows(path)]
+def ranked_responses(row: Row) -> tuple[list[str], list[int]]:
+    """The responses of a comparison and their ranks, 1..K where they are absent."""
+    if "scores" in row.fields and "ranks" not in row.fields:
+        raise row.error('"scores" without "ranks"', f'"ranks"; {OTHER_FORMATS}')
+    texts = read_responses(row)
+    ranks = row.fields.get("ranks", list(range(1, len(texts) + 1)))
+    if not isinstance(ranks, list) or len(ranks) != len(texts):
+        raise row.error('"ranks" does not match "responses"', f"a list of {len(texts)} ranks")
+    # type() and not isinstance(): true is an int to Python
+    if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks):
+        raise row.error('"ranks" holds something that is no rank', "whole numbers, 1 is best")
+    return texts, ranks
 
 
-def load_comparisons(path: str | Path) -> list[Comparison]:
-    """All comparisons of a file, absent ranks filled in as 1..K; raises DataError, OSError."""
-    comparisons: list[Comparison] = []
+def load_comparisons(path: str | Path) -> list[dict]:
+    rows = [(row.text("prompt"), *ranked_responses(row)) for row in read_rows(path)]
+    return [{"prompt": prompt, "responses": texts, "ranks": ranks} for prompt, texts, ranks in rows]
+
+
+def load_demonstrations(path: str | Path) -> list[dict[str, str]]:
+    return [{key: row.text(key) for key in ("prompt", "response")} for row in read_rows(path)]
+
+
+def load_answers(path: str | Path) -> list[dict]:
+    """Demonstrations or comparisons, ranked or not, with all their keys."""
+    answers = []
     for row in read_rows(path):
-        prompt, responses = row.text("prompt"), row.fields.get("responses")
-        if not isinstance(responses, list) or not 2 <= len(responses) <= MAX_K:
-            raise row.error('"responses" is no list of responses', f"2 to {MAX_K:,} strings")
-        named = Row(path, row.line, {f"responses[{i}]": r for i, r in enumerate(responses)})
-        texts = [named.text(name, may_be_blank=True) for name in named.fields]
-        ranks = row.fields.get("ranks", list(range(1, len(texts) + 1)))
-        if not isinstance(ranks, list) or len(ranks) != len(texts):
-            raise row.error('"ranks" does not match "responses"', f"a list of {len(texts)} ranks")
-        # type() and not isinstance(): true is an int to Python
-        if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks):
-            raise row.error('"ranks" holds something that is no rank', "whole numbers, 1 is best")
-        comparisons.append({"prompt": prompt, "responses": texts, "ranks": ranks})
-    return comparisons
+        row.text("prompt")
+        if "responses" in row.fields:
+            read_responses(row)
+        else:
+            row.text("response", may_be_blank=True)
+        answers.append(row.fields)
+    return answers
+
+
+def load_prompts(path: str | Path) -> list[dict[str, str]]:
+    """The prompts of a file of prompts, demonstrations or comparisons."""
+    prompts = []
+    for row in read_rows(path):
+        foreign = FOREIGN & row.fields.keys()
+        if foreign and not {"response", "responses"} & row.fields.keys():
+            raise row.error(f'"{min(foreign)}" is no key of ours', f"records; {OTHER_FORMATS}")
+        prompts.append({"prompt": row.text("prompt")})
+    return prompts
 
 
 def load_texts(path: str | Path) -> list[str]:
-    """The documents of a .txt file, of a folder's .txt files in order of name, or of JSON Lines;
-    raises DataError, OSError."""
+    """The documents of a .txt file, of a folder's .txt files in order of name, or of JSON Lines."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if is_plain_text(file))
+        files = sorted(filter(is_plain_text, path.iterdir()))
         if not files:
             raise DataError(path, 1, "the folder holds no .txt file", "at least one")
         return [text for file in files for text in load_texts(file)]
-    if not is_plain_text(path):
-        return [row.text("text").replace("\r\n", "\n") for row in read_rows(path)]
-    text = "".join(line for _, line in read_lines(path))
-    return [Row(path, 1, {"text": text}).text("text").replace("\r\n", "\n")]
+    if is_plain_text(path):
+        rows = [Row(path, 1, {"text": "".join(line for _, line in read_lines(path))})]
+    else:
+        rows = read_rows(path)
+    return [row.text("text").replace("\r\n", "\n") for row in rows]
 
 
 def is_plain_text(path: str | Path) -> bool:
     return str(path).endswith((".txt", ".txt.gz"))
 
 
-# ---- writing, and what the command lines share ----
+# ---- writing ----
 
 
-def save_records(path: str | Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Writes JSON Lines in one piece or not at all; raises DataError, OSError."""
-    path, lines = Path(path), []
-    for number, record in enumerate(records, start=1):
-        try:
-            lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        except UnicodeEncodeError as error:
-            wrong = f"cannot write the lone surrogate U+{ord(error.object[error.start]):04X}"
-            raise DataError(path, number, wrong, "text that UTF-8 can hold") from None
-    content = b"".join(lines)
-    if path.suffix == ".gz":
-        content = gzip.compress(content, mtime=0)
+@contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name when it is complete and on disk, or never."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; choose another name to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file under a temporary name, and renames it when it is complete and on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # a crash after the renaming must not leave an empty file
         os.replace(temporary, path)
@@ -261,67 +238,72 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what write_atomically was writing in processes that were killed."""
+    """Removes what `atomic` was writing in processes that were killed."""
     for temporary in folder.glob(".*.[0-9]*.tmp"):
         temporary.unlink()
 
 
-def rank_shuffled(prompt: str, responses: list[str], ranks: list[int]) -> Comparison:
-    """A comparison in random order, so that nothing can learn a rank from a place in the list."""
-    order = list(range(len(responses)))
-    random.Random(prompt).shuffle(order)  # the same row always comes out in the same order
-    return {
-        "prompt": prompt,
-        "responses": [responses[i] for i in order],
-        "ranks": [ranks[i] for i in order],
-    }
+def save_records(path: str | Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes JSON Lines in one piece or not at all."""
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    for number, line in enumerate(lines, start=1):
+        Row(path, number, {"record": line}).text("record")  # can it be written and read again?
+    content = "".join(lines).encode()
+    with atomic(path) as file:
+        file.write(gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 
-def pair_is_usable(chosen: str, rejected: str, counts: Counter[str]) -> bool:
-    """Whether a pair says which reply is better; what was odd about it is counted."""
-    if chosen.strip() == rejected.strip():
-        counts["without signal dropped"] += 1
-    elif not chosen.strip():  # a preferred silence would teach PPO to say nothing
-        counts["with an empty chosen reply dropped"] += 1
-    else:
-        counts["with an empty rejected reply kept"] += not rejected.strip()
-        return True
-    return False
+# ---- what every program needs ----
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Inside, a ValueError or OSError ends the program as `error: …` with status 2."""
+def one_line_errors(where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Inside, a UserError or OSError ends the program as `error: …` with status 2.
+
+    `where` adds what only the moment of the error knows, such as the step that was reached.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # escape what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(end="", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the flush at exit must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (UserError, OSError) as error:
+        print(f"error: {error}{where()}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run_converter(
-    doc: str | None,
-    argv: Sequence[str] | None,
-    read: Callable[[argparse.Namespace], Converted],
-    **flags: str,
-) -> None:
-    """A converter's command line: reads SOURCE, writes OUT, prints the counts, total first.
+def split_held_out(rows: list, n: int, key: Callable) -> tuple[list, list]:
+    """(held_out, training): the first rows, n or a few more, and all others with the same key.
 
-    `flags` are its switches, each with its help text.
+    The key is the prompt, so that no prompt is on both sides. Where all rows have one and the same
+    key, the first n rows are held out.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
-    parser.add_argument("source", help="file to read; gzipped if its name ends in .gz")
-    parser.add_argument("out", help="JSON Lines file to write; gzipped if its name ends in .gz")
-    for flag, text in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        records, counts = read(args)
-        (what, total), *odd = counts.items()
-        rest = ", ".join(f"{n:,} {oddity}" for oddity, n in odd if n)
-        summary = f"{total:,} {what}" + (f": {rest}" if rest else "")
-        if not records:
-            raise DataError(args.source, 1, f"nothing usable ({summary})", "one usable row or more")
-        save_records(args.out, records)
-    print(f"{summary}; {len(records):,} records written to {args.out}")
+    groups: dict[object, list] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    if len(groups) == 1:
+        return rows[:n], rows[n:]
+    held_out: list = []
+    while groups and len(held_out) < n:
+        held_out += groups.pop(next(iter(groups)))
+    return held_out, [row for row in rows if key(row) in groups]
+
+
+def pair_accuracy(scores: list[list[float]], ranks: list[list[int]]) -> tuple[float, float, int]:
+    """(share, 95 % half-width, pairs): how often the response of higher score has the better rank.
+
+    Equal ranks and equal scores do not count. Pairs of one prompt depend on each other, so the
+    interval takes the prompts as independent draws (the variance of a ratio estimator).
+    """
+    wins, pairs = np.zeros(len(ranks)), np.zeros(len(ranks))
+    for p, group in enumerate(zip(scores, ranks, strict=True)):
+        signs = [np.sign(np.subtract.outer(x, x)) for x in group]  # (K, K) each, every pair twice
+        wins[p] = (signs[0] * signs[1] < 0).sum() / 2
+        pairs[p] = (signs[0] * signs[1] != 0).sum() / 2
+    n = max(int(pairs.sum()), 1)
+    share = wins.sum() / n
+    half_width = 1.96 * np.sqrt(np.square(wins - share * pairs).sum()) / n
+    return float(share), float(half_width), int(pairs.sum())
