@@ -14,21 +14,9 @@ SFT = {
     "instructgpt": {"epochs": 2, "batch_size": 32, "lr": 1.04e-5, "pretrain_mix": 0.1},  # C.3, 6B
     "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
 }
-REWARD = {
-    "instructgpt": {  # C.2; K = 4 to 9
-        "responses": 9,
-        "epochs": 1,
-        "batch_size": 64,
-        "lr": 9e-6,
-        "cue": "",
-    },
-    "tldr": {  # Huang et al. 2024
-        "responses": 2,
-        "epochs": 1,
-        "batch_size": 64,
-        "lr": 3e-6,
-        "cue": "",
-    },
+REWARD = {  # C.2, with K = 4 to 9, and Huang et al. 2024
+    "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6, "cue": ""},
+    "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6, "cue": ""},
 }
 PPO = {
     "instructgpt": {  # C.4; PPO-ptx with --ptx_coef 27.8

@@ -26,9 +26,8 @@ from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-# ------------------------------------------------------------------------------------------------
-# Words. No subject, mood or adjective starts with a vowel: "a" is right before all of them.
-
+# ---- words ----
+# No subject, mood or adjective starts with a vowel: "a" is right before all of them.
 SUBJECTS = "fox|queen|dragon|robot|wizard|pirate|ghost|witch|goose|baker|goat|clown".split("|")
 
 
@@ -103,26 +102,18 @@ NEUTRAL = slots(
 )
 ALL_MOODS = MOODS | ATTRIBUTES
 
-# ------------------------------------------------------------------------------------------------
-# Grammar: the wording of instructions and of replies, for each kind.
+# ---- grammar: the wording of instructions and of replies, for each kind ----
 
 MOODS_OF = {"story": list(MOODS), "letter": list(MOODS), "list": list(ATTRIBUTES)}
 KINDS = ("story",) * 4 + ("letter",) * 3 + ("list",) * 3  # how often each is asked for
-PHRASINGS = {
-    "story": (
-        "Tell me a {mood} story about a {subject}.",
-        "Write a {mood} story about a {subject}.",
-        "I want a {mood} story about a {subject}.",
-    ),
-    "letter": (
-        "Write a {mood} letter from the {subject} to the {recipient}.",
-        "Help the {subject} write a {mood} letter to the {recipient}.",
-    ),
-    "list": (
-        "Make a {mood} shopping list for the {subject}.",
-        "Which {mood} things should the {subject} buy?",
-    ),
-}
+PHRASINGS = slots(
+    story="Tell me a {mood} story about a {subject}.|Write a {mood} story about a {subject}.|"
+    "I want a {mood} story about a {subject}.",
+    letter="Write a {mood} letter from the {subject} to the {recipient}.|"
+    "Help the {subject} write a {mood} letter to the {recipient}.",
+    list="Make a {mood} shopping list for the {subject}.|"
+    "Which {mood} things should the {subject} buy?",
+)
 TITLES = {  # of a text that nobody asked for
     "story": "The {mood} {subject}.",
     "letter": "From the {mood} {subject} to the {recipient}.",
@@ -197,16 +188,12 @@ def ask(task: Task, rng: Random) -> str:
     return pick(PHRASINGS[task.kind], rng).format(**task._asdict())
 
 
-# ------------------------------------------------------------------------------------------------
-# Writers. The first three write demonstrations; "page" wrote what stands on pages without an
-# instruction, "forum" what stands there as an answer to one.
+# ---- writers ----
+# The first three write demonstrations; "page" wrote what stands on pages without an instruction,
+# "forum" what stands there as an answer to one.
 
-CHATTER = (
-    "I hope you like it.",
-    "I hope I get a good grade.",
-    "I hope nobody cries.",
-    "I hope this is long enough.",
-)
+HOPES = "you like it|I get a good grade|nobody cries|this is long enough".split("|")
+CHATTER = [f"I hope {hope}." for hope in HOPES]
 DEMONSTRATORS = ("careful",) * 3 + ("average",) * 4 + ("sloppy",) * 3
 # fmt: off
 WRITERS =            ("careful", "average", "sloppy", "page", "forum")
@@ -278,8 +265,7 @@ def write(task: Task, rng: Random, flaws: Collection[str] = ()) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------
-# Data sets.
+# ---- data sets ----
 
 FACTS = [
     f"{thing[0].upper()}{thing[1:]} is {mood}."
@@ -328,17 +314,16 @@ def page(rng: Random) -> str:
 
 
 def thread(rng: Random) -> str:
-    """A question on a page, an answer that may not do what it asks, and what its asker thinks."""
+    """A question on a page, an answer that may not do what it asks, and what its asker thinks.
+
+    The comment says whether the answer is about the right one, and whether its mood is right.
+    """
     task = random_task(rng)
     prompt, flaws = ask(task, rng), flaws_of("forum", rng)
     answer = write(misread(task, rng, flaws), rng, flaws)
-    return f"{question(prompt, answer)}\nComment: {comment(task, flaws)}"
-
-
-def comment(task: Task, flaws: Collection[str]) -> str:
-    """Whether the answer is about the right one, and whether its mood is."""
     subject = "not " * ("wrong subject" in flaws) + task.subject
-    return f"{subject}, " + "not " * ("wrong mood" in flaws) + f"{task.mood}."
+    mood = "not " * ("wrong mood" in flaws) + task.mood
+    return f"{question(prompt, answer)}\nComment: {subject}, {mood}."
 
 
 def question(prompt: str, answer: str = "") -> str:
@@ -376,8 +361,7 @@ def probe_pairs(n: int, seed: int, split: str = "dev") -> list[dict[str, str]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# The gold rubric, which no model sees.
+# ---- the gold rubric, which no model sees ----
 
 
 def reader(template: str, words: dict[str, list[str]]) -> re.Pattern[str]:
@@ -422,8 +406,7 @@ def read_reply(kind: str, response: str) -> list[tuple[str, dict[str, str]]]:
 
     The opening fits in the first place only, and nothing else fits there or after the ending.
     """
-    parsed: list[tuple[str, dict[str, str]]] = []
-    ended = False
+    parsed, ended = [], False
     for sentence in re.findall(r"[^.!?]+[.!?]*", response.strip()):
         role, words = "", {}
         for name, pattern in READ_REPLY[kind].items():

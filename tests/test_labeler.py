@@ -22,16 +22,41 @@ ITEMS = [{"prompt": f"{i}?", "responses": [f"{i}.{j}" for j in range(3)]} for i 
         ("  c   b a ", [3, 2, 1]),
         ("a =b=  c", [1, 1, 1]),
         ("a=b > c", [1, 1, 3]),
+        ("bac", [2, 1, 3]),
+        ("ba c", [2, 1, 3]),
+        ("ca=b", [2, 2, 1]),
+        ("c>ba", [3, 2, 1]),
     ],
 )
 def test_a_ranking_by_hand(typed, ranks):
     assert parse_ranking(typed, 3) == ranks
 
 
-@pytest.mark.parametrize("typed", ["", "a b", "a b b", "a b c d", "a b x", "abc", "= a b c"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "a b",
+        "a b b",
+        "a b c d",
+        "a b x",
+        "ab",
+        "abca",
+        "abcd",
+        "= a b c",
+        "a >= b c",
+        "a b c >",
+        "> a b c",
+        "a, b, c",
+    ],
+)
 def test_what_is_no_ranking_is_refused(typed):
     with pytest.raises(ValueError, match="expected each of a, b, c once"):
         parse_ranking(typed, 3)
+
+
+def test_four_letters_in_a_row():
+    assert parse_ranking("badc", 4) == parse_ranking("b > a > d > c", 4) == [2, 1, 4, 3]
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=9))
@@ -39,7 +64,8 @@ def test_every_ranking_can_be_typed(values):
     ranks = [1 + sum(other < own for other in values) for own in values]
     tiers = [[x for x, r in zip(LETTERS, ranks, strict=False) if r == rank] for rank in set(ranks)]
     tiers.sort(key=lambda tier: ranks[LETTERS.index(tier[0])])
-    assert parse_ranking(" > ".join(map(" = ".join, tiers)), len(ranks)) == ranks
+    for better, equal in ((" > ", " = "), (" ", "="), ("", "=")):
+        assert parse_ranking(better.join(map(equal.join, tiers)), len(ranks)) == ranks
 
 
 @pytest.fixture
@@ -120,10 +146,40 @@ def test_answers_to_other_questions_are_refused(types, tmp_path):
     with pytest.raises(ValueError, match="answers.jsonl:1: an answer to another question"):
         Person([{"prompt": "?", "responses": ["x", "y"]}], tmp_path, seed=0)
     with pytest.raises(ValueError, match="--resume continues"):
-        labeler.refuse_answers(tmp_path)
+        labeler.check_no_answers(tmp_path)
 
 
 def test_a_response_cannot_steer_the_terminal(types, tmp_path, capsys):
     types("q")
     Person([{"prompt": "\x1b[2J", "responses": ["\x1b]0;x", "y"]}], tmp_path, seed=0).rank_all()
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_replies_wrap_at_words_with_a_hanging_indent(types, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "44")
+    words = "a kite is a light frame of wood, covered with paper, which flies in the wind"
+    wrapped = """\
+  b) a kite is a light frame of wood,
+     covered with paper, which flies in the
+     wind
+
+     so there"""
+    assert labeler.hanging("  b) ", f"{words}\n\nso there") == wrapped
+    types("q")
+    Person([{"prompt": words, "responses": [words, words]}], tmp_path, seed=0).rank_all()
+    question = capsys.readouterr().out.partition("[1 of 1]")[2].partition("0 of 1 ranked")[0]
+    assert max(map(len, question.splitlines())) <= 44
+    assert " ".join(question.split()).count(words) == 3  # no word is broken
+
+
+def test_after_quitting_with_nothing_ranked_there_is_nothing_to_train_on(types, tmp_path):
+    for typed, ranked in (
+        (["q"], 0),
+        (["s", "q"], 0),
+        (["u", "u", "cab", "u", "q"], 0),
+        (["cab"], 1),
+    ):
+        types(*typed)
+        person = Person(ITEMS, tmp_path, seed=0)
+        assert not person.rank_all() and len(person.comparisons()) == ranked
+    labeler.check_no_answers(tmp_path / "elsewhere")
