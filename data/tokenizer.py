@@ -1,4 +1,4 @@
-"""Tokenizers, always a `tiktoken.Encoding`: that of GPT-2, or a small one for the toy world.
+"""Text to tokens and back: tokenizers, always a `tiktoken.Encoding`, and the prompt's template.
 
     python -m data.tokenizer                                       # trains data/toy.tiktoken anew
     python -m data.tokenizer mine.jsonl mine.tiktoken --vocab_size 4096   # one for your own texts
@@ -9,22 +9,118 @@ becomes the control token `encoding.eot_token`.
 
 import argparse
 import base64
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 
+from data.records import UserError, atomic, load_texts, one_line_errors
+
+Pair = tuple[list[int], list[int]]  # tokens of a prompt and of its response
+Pairs = list[Pair]
 TOY = Path(__file__).with_name("toy.tiktoken")
+END = "<|endoftext|>"
 # Chunks of text that no token crosses: GPT-2's, but for ASCII letters only, which re can spell too.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 
 
+@dataclass
+class Codec:
+    """Text to tokens and back: a tokenizer, and the template that a prompt is put into."""
+
+    tokenizer: tiktoken.Encoding
+    template: str
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise UserError(f"the template {self.template!r} has no place for the {{prompt}}")
+        self.template = self.template.replace("\\n", "\n")  # as it is typed in a shell
+        self.eos = self.tokenizer.eot_token
+
+    def prompt(self, text: str, room: int | None = None) -> list[int]:
+        """The prompt in its template, cut from the left to the last `room` tokens."""
+        tokens = self.tokenizer.encode_ordinary(self.template.replace("{prompt}", text))
+        return tokens if room is None else cut_left(tokens, room)
+
+    def response(self, text: str) -> list[int]:
+        """The response and the end-of-text token."""
+        return [*self.tokenizer.encode_ordinary(text), self.eos]
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode([t for t in tokens if t != self.eos])
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError unless a model of this vocabulary can read the tokens."""
+        if self.tokenizer.n_vocab != vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.n_vocab} tokens and the model has "
+                f"{vocab_size}; they belong to different models"
+            )
+
+    def state_dict(self) -> dict:
+        return {"tokenizer": to_state(self.tokenizer), "template": self.template}
+
+    @classmethod
+    def load(cls, source: str | Path, template: str = "{prompt}") -> "Codec":
+        """The codec of a stage's folder; of another model, its tokenizer, and this template."""
+        from data.run import load_checkpoint  # here, since these files import this one
+        from data.weights import is_hugging_face, tokenizer_of
+
+        if is_hugging_face(source):
+            return cls(tokenizer_of(source), template)
+        state = load_checkpoint(source)["codec"]
+        return cls(from_state(state["tokenizer"]), state["template"])
+
+
+def cut_left(tokens: list[int], room: int) -> list[int]:
+    """The last `room` tokens. UserError if there is no room at all."""
+    if room < 1:
+        raise UserError(
+            f"the context is {1 - room} tokens too small for a prompt and its response; "
+            "take a larger --block_size or fewer --max_new_tokens"
+        )
+    return tokens[-room:]
+
+
+def documents(texts: list[str], codec: Codec, block_size: int) -> Pairs:
+    """Documents in pieces of at most block_size tokens; a piece begins with the last one's end."""
+    pairs = []
+    for text in texts:
+        tokens = codec.response(text)
+        for i in range(0, len(tokens) - 1, block_size - 1):
+            pairs.append((tokens[i : i + 1], tokens[i + 1 : i + block_size]))
+    return pairs
+
+
+def fitting(records: list[dict], codec: Codec, block_size: int) -> list[tuple[dict, Pairs]]:
+    """The records whose responses fit into the context, each with its (prompt, response) pairs.
+
+    All responses of a record follow the same prompt, cut from the left to fit the longest one.
+    """
+    found = []
+    for record in records:
+        texts = record["responses"] if "responses" in record else [record["response"]]
+        responses = [codec.response(text) for text in texts]
+        room = block_size - max(map(len, responses))
+        if room > 0:
+            prompt = codec.prompt(record["prompt"], room)
+            found.append((record, [(prompt, response) for response in responses]))
+    if len(found) < len(records):
+        print(f"{len(records) - len(found)} records longer than the context are left out")
+    return found
+
+
+def columns(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts and the responses."""
+    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" or "toy", or one with the ranks in a `.tiktoken` file."""
+    """The tokenizer "gpt2", one that is shipped in this folder, or that of a `.tiktoken` file."""
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -33,38 +129,59 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
                 f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}); without a network, "
                 "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
             ) from error
-    path = TOY if name == "toy" else Path(name)
+    shipped = {path.stem: path for path in Path(__file__).parent.glob("*.tiktoken")}
+    path = shipped.get(name, Path(name))
     if path.suffix != ".tiktoken":
-        raise ValueError(f"tokenizer {name!r}; expected gpt2, toy or the path of a .tiktoken file")
+        names = ", ".join(["gpt2", *sorted(shipped)])
+        raise UserError(f"tokenizer {name!r}; expected {names} or the path of a .tiktoken file")
     try:
         return build(path.name, PATTERN, parse_ranks(path.read_text("ascii")))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_state(encoding: tiktoken.Encoding) -> dict[str, str]:
     """Everything `from_state` needs to rebuild the tokenizer, as text for a checkpoint."""
     if encoding.name == "gpt2":
         return {"name": "gpt2"}
-    ranks = format_ranks(encoding._mergeable_ranks)  # underscored, yet tiktoken's README uses both
-    return {"name": encoding.name, "pattern": encoding._pat_str, "ranks": ranks}
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,  # underscored, yet tiktoken's README uses all three
+        "ranks": format_ranks(encoding._mergeable_ranks),
+        "special": format_ranks({k.encode(): v for k, v in encoding._special_tokens.items()}),
+    }
 
 
 def from_state(state: dict[str, str]) -> tiktoken.Encoding:
     """The tokenizer that `to_state` wrote down."""
-    if state["name"] == "gpt2":
+    if state.get("name") == "gpt2":
         return get_tokenizer("gpt2")
-    if not {"pattern", "ranks"} <= state.keys():
-        raise ValueError(f"the tokenizer {state['name']!r} lacks its pattern or its ranks")
-    return build(state["name"], state["pattern"], parse_ranks(state["ranks"]))
+    if not {"name", "pattern", "ranks", "special"} <= state.keys():
+        raise UserError(f"the tokenizer {state.get('name')!r} lacks its pattern or its ranks")
+    special = {k.decode("utf-8", "replace"): i for k, i in parse_ranks(state["special"]).items()}
+    return build(state["name"], state["pattern"], parse_ranks(state["ranks"]), special)
 
 
-def build(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    """A tokenizer with these ranks and, after them, the end-of-text token."""
-    special_tokens = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-    )
+def build(
+    name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None
+) -> tiktoken.Encoding:
+    """A tokenizer; unless others are given, its only special token is end of text, the last one.
+
+    Ranks and special tokens are checked, since tiktoken panics on wrong ones.
+    """
+    special = {END: len(ranks)} if special is None else special
+    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{missing} of the 256 single bytes have no rank")
+    ids = [*ranks.values(), *special.values()]
+    if END not in special or sorted(ids) != list(range(len(ids))):
+        raise UserError("a rank is missing or occurs twice; expected 0, 1, 2, ... once each")
+    try:
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+    except ValueError as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"the tokenizer {name!r} has an invalid pattern: {what}") from None
 
 
 def format_ranks(ranks: dict[bytes, int]) -> str:
@@ -73,52 +190,15 @@ def format_ranks(ranks: dict[bytes, int]) -> str:
 
 
 def parse_ranks(text: str) -> dict[bytes, int]:
-    """The ranks in the text of a `.tiktoken` file, checked, since tiktoken panics on wrong ones."""
+    """The ranks in the text of a `.tiktoken` file."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise ValueError(f"line {number} is {line[:40]!r}; expected base64 and rank") from None
-    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError(f"{missing} of the 256 single bytes have no rank")
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("a rank is missing or occurs twice; expected 0, 1, 2, ... once each")
+            raise UserError(f"line {number} is {line[:40]!r}; expected base64 and rank") from None
     return ranks
-
-
-def hugging_face_files(encoding: tiktoken.Encoding) -> dict[str, str]:
-    """The tokenizer as transformers' GPT2Tokenizer reads it, and as `get_tokenizer` does.
-
-    These files write every byte as a printable character; a merge is the last pair that becomes the
-    token. Ids agree on ASCII text; beyond it, our own pattern splits words in another way.
-    """
-    ranks = encoding._mergeable_ranks
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [byte for byte in range(256) if byte not in plain]
-    letter = {byte: chr(byte) for byte in plain} | {b: chr(256 + i) for i, b in enumerate(other)}
-
-    def spell(token: bytes) -> str:
-        return "".join(letter[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(" ".join(map(spell, parts)))
-    vocab = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
-    eos, config = "<|endoftext|>", {"tokenizer_class": "GPT2Tokenizer"}
-    config |= {"bos_token": eos, "eos_token": eos, "unk_token": eos}
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=1),
-    } | ({} if encoding.name == "gpt2" else {"tokenizer.tiktoken": format_ranks(ranks)})
 
 
 def train_bpe(text: str, vocab_size: int, pattern: str = PATTERN) -> dict[bytes, int]:
@@ -135,7 +215,7 @@ def train_bpe(text: str, vocab_size: int, pattern: str = PATTERN) -> dict[bytes,
             for pair in pairwise(tokens):
                 pairs[pair] += n
         if not pairs:
-            raise ValueError(f"this text yields {len(ranks)} tokens, fewer than {vocab_size}")
+            raise UserError(f"this text yields {len(ranks)} tokens, fewer than {vocab_size}")
         best = max(pairs, key=lambda pair: (pairs[pair], pair))  # the pair itself decides ties
         ranks[b"".join(best)] = len(ranks)
         for tokens, _ in chunks:
@@ -153,7 +233,6 @@ def merge(tokens: list[bytes], pair: tuple[bytes, bytes]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from data.records import load_texts, one_line_errors, write_atomically
     from data.toy import pages  # here, since a tokenizer needs no toy world to be used
 
     raw = argparse.RawDescriptionHelpFormatter
@@ -165,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         text = "\n".join(load_texts(args.texts) if args.texts else pages(4000, seed=0))
         ranks = train_bpe(text, args.vocab_size)
-        write_atomically(args.out, lambda file: file.write(format_ranks(ranks).encode("ascii")))
+        with atomic(args.out) as file:
+            file.write(format_ranks(ranks).encode("ascii"))
         length = len(get_tokenizer(str(args.out)).encode_ordinary(text))
     print(f"wrote {args.out.name}: {len(ranks):,} ranks, {len(text) / length:.2f} characters each")
 

@@ -1,29 +1,22 @@
-"""Weights from files that others have written, and for others to read: Hugging Face's folders of
-GPT-2, safetensors, and what torch.save wrote. No file can run code, or make us read elsewhere."""
+"""GPT-2's weights from others and for others: the folders of transformers, nanoGPT's ckpt.pt."""
 
 import json
-import math
-import pickle
-import re
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from tiktoken import Encoding
 from torch import Tensor
 
-from data.records import printable, write_atomically
-from data.tokenizer import hugging_face_files
+from data.records import UserError, atomic, printable
+from data.tensors import by_our_names, read_json, read_tensors, unpickle, write_safetensors
+from data.tokenizer import get_tokenizer
+from data.vocabulary import hugging_face_files, read_tokenizer, with_padding
 
-PUBLISHED = {  # and the SHA-256 of model.safetensors, where we know it
-    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    "gpt2-medium": None,
-    "gpt2-large": None,
-    "gpt2-xl": None,
-}
+PUBLISHED = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))  # SHA-256, if known
+PUBLISHED["gpt2"] = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
 HUB = "https://huggingface.co/openai-community/{}/resolve/main/{}"
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # nanoGPT's names and ours
 HUGGING_FACE = {  # what a config.json may not say otherwise, for then it is another network
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -31,30 +24,28 @@ HUGGING_FACE = {  # what a config.json may not say otherwise, for then it is ano
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
-SIZES = {  # our names for what is in config.json
-    "vocab_size": "vocab_size",
-    "block_size": "n_positions",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MAX_UNUSED = 1024  # rows of the vocabulary without a token; more mean that the tokenizer is another
 
 
 def is_hugging_face(source: str | Path) -> bool:
-    folder = Path(source)  # a stage's folder has a config.json as well, of its flags
-    ours = (folder / "checkpoint.pt").exists()
-    return str(source) in PUBLISHED or ((folder / "config.json").exists() and not ours)
+    """Whether this is a published GPT-2, a folder of transformers, or nanoGPT's ckpt.pt."""
+    path = Path(source)
+    theirs = any((path / name).exists() for name in ("config.json", "ckpt.pt"))
+    ours = (path / "checkpoint.pt").exists()  # a stage's config.json holds its flags
+    return str(source) in PUBLISHED or path.is_file() or (theirs and not ours)
 
 
 def download(name: str) -> Path:
     """The folder of a published GPT-2 in torch's cache, fetched when it is not there yet."""
-    folder = Path(torch.hub.get_dir()) / "nanorlhf" / name
+    folder = Path(torch.hub.get_dir()) / "picorlhf" / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, sha256 in (("config.json", None), ("model.safetensors", PUBLISHED[name])):
         if not (folder / file).exists():
             url = HUB.format(name, file)
+            if file == "model.safetensors" and not sha256:
+                say(f"{url} is not verified: its checksum is known for gpt2 only")
             try:
                 torch.hub.download_url_to_file(url, str(folder / file), hash_prefix=sha256)
             except (OSError, RuntimeError) as error:  # no network, no such host, another hash
@@ -65,124 +56,145 @@ def download(name: str) -> Path:
     return folder
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def tokenizer_of(source: str | Path) -> Encoding:
+    """The tokenizer of a model for which `is_hugging_face` holds; GPT-2's if it has none."""
+    own = None if str(source) in PUBLISHED else read_tokenizer(Path(source))
+    if own is None and str(source) not in PUBLISHED:
+        say(f"{source} has no tokenizer: GPT-2's is used")
+    return own or get_tokenizer("gpt2")
+
+
 def read_hugging_face(source: str | Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Sizes and weights, by our names, of a GPT-2 that transformers has saved; else ValueError."""
-    folder = download(str(source)) if str(source) in PUBLISHED else Path(source)
-    path = folder / "config.json"
-    try:
-        config = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from None
-    sizes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
-    for name, size in zip(SIZES.values(), sizes.values(), strict=True):
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{path}: {name} is {size}; expected a positive number")
-    ours = HUGGING_FACE | {"n_inner": 4 * config["n_embd"]}
-    for name, value in ours.items():
-        if config.get(name) not in (None, value):
-            raise ValueError(f"{path}: {name} is {config[name]}; only {value} is supported")
-    if (folder / "model.safetensors").exists():
-        found = read_safetensors(folder / "model.safetensors")
-    else:
-        found = unpickle(folder / "pytorch_model.bin")
-    found = {name.removeprefix("transformer."): w.float() for name, w in found.items()}
-    head = found.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, found.get("wte.weight", head)):
-        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; ours is tied to it")
-    weights = {
-        name: w.T.contiguous() if name.endswith(TRANSPOSED) and w.dim() == 2 else w
-        for name, w in found.items()
-        if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)  # the causal mask, as a buffer
-    }
+    """Sizes and float32 weights of a GPT-2, by our names; UserError for another network.
+
+    Rows of the vocabulary behind the tokenizer's last token are cut, and a line says so.
+    """
+    path = download(str(source)) if str(source) in PUBLISHED else Path(source)
+    transformers = (path / "config.json").exists()
+    sizes, weights = read_transformers(path) if transformers else read_nanogpt(path)
+    wte = weights.get("wte.weight", torch.empty(0))
+    if not torch.equal(weights.pop("lm_head.weight", wte), wte):
+        raise UserError(f"{source}: lm_head.weight differs from wte.weight; ours is tied to it")
+    own, rows = read_tokenizer(path), sizes["vocab_size"]
+    tokens = own.n_vocab if own else 50257  # GPT-2's
+    if tokens < rows <= tokens + MAX_UNUSED and wte.shape[:1] == (rows,):
+        say(f"{source}: {rows - tokens} of {rows} rows of the vocabulary have no token and are cut")
+        sizes["vocab_size"], weights["wte.weight"] = tokens, wte[:tokens].clone()
     return sizes, weights
+
+
+def read_transformers(folder: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    path = folder / "config.json"
+    config = read_json(path)
+    sizes, weights = read_sizes(path, config), by_our_names(path, read_tensors(folder))
+    if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
+        raise UserError(f"{path}: tie_word_embeddings is False, yet there is no lm_head.weight")
+    return sizes, transposed(weights)
+
+
+def read_nanogpt(path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    path = path if path.is_file() else path / "ckpt.pt"
+    saved = unpickle(path)
+    config = saved.get("model_args") if isinstance(saved, dict) else None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} has no model_args; expected nanoGPT's ckpt.pt, or a folder")
+    say(f"{path}: nanoGPT's GELU is exact, ours is GPT-2's by tanh: logits differ slightly")
+    sizes, weights = read_sizes(path, config), by_our_names(path, saved.get("model"))
+    if config.get("bias") is False:
+        for name in [name for name in weights if name.startswith(("h.", "ln_f."))]:
+            weights[name.replace("weight", "bias")] = torch.zeros(weights[name].shape[:1])
+    return sizes, weights
+
+
+def read_sizes(path: Path, config: dict) -> dict[str, int]:
+    """The sizes in config.json, or in nanoGPT's model_args; UserError for another network."""
+    lengths = [config.get(name) for name in ("block_size", "n_positions", "n_ctx")]
+    config = config | {"block_size": next(filter(None, lengths), None)}
+    if config.get("activation_function") in ("gelu_fast", "gelu_pytorch_tanh"):
+        config["activation_function"] = "gelu_new"  # three names of one function
+    shown = {name: printable(str(value), keep="")[:100] for name, value in config.items()}
+    for name, value in HUGGING_FACE.items():
+        if config.get(name) not in (None, value):
+            raise UserError(f"{path}: {name} is {shown[name]}; only {value} is supported")
+    for name in SIZES:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise UserError(f"{path}: {name} is {shown.get(name)}; expected a positive number")
+    if config.get("n_inner") not in (None, width := 4 * config["n_embd"]):
+        raise UserError(f"{path}: n_inner is {shown['n_inner']}; only {width} is supported")
+    return {name: config[name] for name in SIZES}
 
 
 def write_hugging_face(
     folder: str | Path, sizes: dict[str, int], weights: dict[str, Tensor], tokenizer: Encoding
 ) -> None:
-    """Writes what transformers reads: config.json, model.safetensors, the tokenizer's files."""
+    """Writes config.json, model.safetensors and the tokenizer's files, for transformers.
+
+    The weights of a GPT become a GPT2LMHeadModel. Those of a ScalarModel (gpt.*, head.weight and
+    head.bias) become a GPT2ForSequenceClassification with one label, the score at the last token;
+    it pads with a token of its own, since end of text is a token that is scored.
+    """
     folder, eos = Path(folder), tokenizer.eot_token
-    folder.mkdir(parents=True, exist_ok=True)
-    config = HUGGING_FACE | {theirs: sizes[ours] for ours, theirs in SIZES.items()}
+    config = HUGGING_FACE | {name: sizes[name] for name in SIZES if name != "block_size"}
+    config |= {"n_positions": sizes["block_size"], "n_ctx": sizes["block_size"]}
     config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
-    weights = {
-        f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w
+    head = {"score.weight": weights["head.weight"]} if "head.weight" in weights else {}
+    if head:
+        weights, tokenizer = without_head(weights), with_padding(tokenizer)
+        config |= {"architectures": ["GPT2ForSequenceClassification"]}
+        config |= {"vocab_size": sizes["vocab_size"] + 1, "pad_token_id": sizes["vocab_size"]}
+        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    files = hugging_face_files(tokenizer)
+    others = {"checkpoint.pt", "tokenizer.json", "tokenizer.tiktoken"} - files.keys()
+    if found := [name for name in sorted(others) if (folder / name).exists()]:
+        raise UserError(f"{folder} has a {found[0]} of another model; export to an empty folder")
+    named = {f"transformer.{name}": w for name, w in transposed(weights).items()}
+    write_safetensors(folder / "model.safetensors", named | head)
+    for name, text in (files | {"config.json": json.dumps(config, indent=1)}).items():
+        with atomic(folder / name) as file:
+            file.write(text.encode())
+
+
+def without_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a ScalarModel's GPT, such that its head needs no bias.
+
+    GPT2ForSequenceClassification has none: ln_f.bias is shifted by b w / |w|^2, of which the head's
+    weight w makes the bias b. wte gets a row of zeros for the padding.
+    """
+    gpt = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
+    w = weights["head.weight"].double()  # (1, C)
+    shift = weights["head.bias"] * w[0] / w.square().sum()
+    gpt["ln_f.bias"] = (gpt["ln_f.bias"] + shift).float()
+    gpt["wte.weight"] = torch.cat([gpt["wte.weight"], torch.zeros_like(w).float()])
+    check_finite("the reward model's", gpt)
+    return gpt
+
+
+def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From GPT-2's layout of matrices, (in, out), to torch's, and back."""
+    return {
+        name: w.T.contiguous() if name.endswith(TRANSPOSED) and w.dim() == 2 else w
         for name, w in weights.items()
     }
-    write_safetensors(folder / "model.safetensors", weights)
-    files = {"config.json": json.dumps(config, indent=1)} | hugging_face_files(tokenizer)
-    for name, text in files.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
 
 
-def refuse_unusable(found: dict[str, Tensor], ours: dict[str, Tensor], source: str | Path) -> None:
-    """ValueError for weights that are not those of our network, or not numbers."""
+def check_weights(found: dict[str, Tensor], ours: dict[str, Tensor], source: str | Path) -> None:
+    """Raises UserError for weights that are not those of our network, or not numbers."""
+    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
+        raise UserError(f"{source}: its weights are no tensors")
     for name in sorted(found.keys() | ours.keys()):
-        shapes = [tuple(w[name].shape) if name in w else "missing" for w in (found, ours)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{source}: weight {name} is {shapes[0]}, expected {shapes[1]}")
-    refuse_not_finite(f"{source}: weight", found)
+        own, shape = (tuple(w[name].shape) if name in w else "missing" for w in (ours, found))
+        if shape != own:
+            shown = printable(name, keep="")
+            raise UserError(f"{source}: weight {shown} is {shape}, expected {own}")
+    check_finite(f"{source}: weight", found)
 
 
-def refuse_not_finite(what: str, tensors: dict[str, Tensor]) -> None:
+def check_finite(what: str, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for tensors that hold infinities or NaN."""
     for name, x in tensors.items():
         if not x.isfinite().all():
-            raise ValueError(f"{what} {name} has values that are infinite or no number")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file: 8 bytes n, n bytes of JSON that say where each lies, and the data.
-
-    ValueError unless they lie end to end, fill the data, and have the size of dtype and shape: no
-    file makes us read elsewhere, or more than it holds.
-    """
-    try:
-        with open(path, "rb") as file:
-            n = int.from_bytes(file.read(8), "little")
-            if 8 + n > path.stat().st_size:
-                raise ValueError("it is cut off")
-            header = json.loads(file.read(n))
-        data = np.memmap(path, np.uint8, "r", offset=8 + n)
-        header.pop("__metadata__", None)
-        tensors, at = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            begin, end = entry["data_offsets"]
-            if len(shape) > 8 or any(type(size) is not int or size < 1 for size in shape):
-                raise ValueError(f"{name} has shape {shape}")
-            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
-                raise ValueError(f"{name} cannot lie at {begin} to {end} of {len(data)}")
-            at = end
-            tensors[name] = torch.from_numpy(data[begin:end].copy()).view(dtype).view(shape)
-        if at != len(data):
-            raise ValueError(f"{len(data) - at} bytes too many")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = printable(str(error))[:200]
-        raise ValueError(f"{path} is no safetensors file that we read: {message}") from None
-    return tensors
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        end = at + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-
-    def write(file) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-
-    write_atomically(path, write)
-
-
-def unpickle(path: Path) -> dict:
-    """What torch.save wrote: tensors and plain values only, so that no file can run code."""
-    malformed = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (*malformed, TypeError, AttributeError, AssertionError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
+            raise UserError(f"{what} {name} has values that are infinite or no number")

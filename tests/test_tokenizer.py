@@ -12,7 +12,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data import tokenizer, toy
-from data.tokenizer import PATTERN, TOY, from_state, get_tokenizer, to_state, train_bpe
+from data.records import UserError
+from data.tokenizer import (
+    END,
+    PATTERN,
+    TOY,
+    Codec,
+    build,
+    documents,
+    from_state,
+    get_tokenizer,
+    to_state,
+    train_bpe,
+)
+from data.vocabulary import merges_of
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 ENCODING = get_tokenizer("toy")
@@ -87,6 +100,75 @@ def test_state_rebuilds_the_tokenizer():
     assert rebuilt.encode_ordinary(page) == ENCODING.encode_ordinary(page)
     assert (rebuilt.n_vocab, rebuilt.eot_token) == (ENCODING.n_vocab, ENCODING.eot_token)
     assert to_state(rebuilt) == to_state(ENCODING)
+
+
+def test_a_state_keeps_special_tokens():
+    ranks = {token: rank + 2 for token, rank in train_bpe("low lower lowest", 260).items()}
+    encoding = build("mine", PATTERN, ranks, {"<pad>": 0, END: 1})
+    rebuilt = from_state(to_state(encoding))
+    assert (rebuilt.n_vocab, rebuilt.eot_token, rebuilt.decode([0])) == (262, 1, "<pad>")
+    assert rebuilt.encode_ordinary("lower<pad>") == encoding.encode_ordinary("lower<pad>")
+    assert 0 not in rebuilt.encode_ordinary("lower<pad>")
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"special": ""}, "a rank is missing or occurs twice"),
+        ({"special": "YQ== 1024\n"}, "a rank is missing or occurs twice"),
+        ({"special": "/w== 1024\n"}, "a rank is missing or occurs twice"),
+        ({"ranks": "YQ== 0\n"}, "255 of the 256 single bytes have no rank"),
+        ({"pattern": "(\n"}, "has an invalid pattern"),
+        ({"pattern": None}, "lacks its pattern or its ranks"),
+    ],
+)
+def test_a_malformed_state_is_refused_in_one_line(change, complaint):
+    state = {name: text for name, text in (to_state(ENCODING) | change).items() if text is not None}
+    with pytest.raises(UserError, match=complaint) as caught:
+        from_state(state)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_no_encoding_reaches_has_no_merge():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    assert merges_of(ranks | {b"ab": 256, b"abc": 257}) == [("a", "b"), ("ab", "c")]
+    assert merges_of(ranks | {b"abc": 256}) == []  # neither "ab" nor "bc" is a token
+    assert merges_of(ranks | {b"abc": 256, b"bc": 257}) == [("b", "c")]  # "bc" comes too late
+
+
+def test_a_prompt_is_cut_from_the_left_to_its_room():
+    codec = Codec(ENCODING, "Q: {prompt}\\nA:")
+    tokens = codec.prompt("Who is it?")
+    assert codec.text(tokens) == "Q: Who is it?\nA:"
+    for room in (1, 3, len(tokens), 99):
+        assert codec.prompt("Who is it?", room) == tokens[-room:]
+    for room in (0, -4):
+        with pytest.raises(UserError, match=f"the context is {1 - room} tokens too small for"):
+            codec.prompt("Who is it?", room)
+
+
+def test_a_template_needs_a_place_for_the_prompt():
+    with pytest.raises(UserError, match="has no place for the {prompt}"):
+        Codec(ENCODING, "Q: A:")
+
+
+def test_a_model_of_another_vocabulary_is_refused():
+    codec = Codec(ENCODING, "{prompt}")
+    codec.check_vocabulary(1025)
+    with pytest.raises(UserError, match="the tokenizer has 1025 tokens and the model has 1024"):
+        codec.check_vocabulary(1024)
+
+
+def test_documents_are_cut_into_pieces_that_overlap_by_one_token():
+    codec = Codec(ENCODING, "{prompt}")
+    text = toy.pages(1, 0)[0]
+    tokens = codec.response(text)
+    pairs = documents([text, "Oh."], codec, block_size=16)
+    assert all(len(first) == 1 and 0 < len(rest) < 16 for first, rest in pairs)
+    pieces = [first + rest for first, rest in pairs]
+    n = len(documents([text], codec, block_size=16))
+    assert tokens == tokens[:1] + [token for piece in pieces[:n] for token in piece[1:]]
+    assert pieces[n] == codec.response("Oh.")
 
 
 def test_a_file_of_ones_own(tmp_path):
