@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from data.records import UserError
+
 FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError)
 FAULTS += (RuntimeError, SyntaxError, TypeError, ValueError)
 
@@ -26,7 +28,7 @@ class RewardFunction:
         with self.one_line_errors():
             self.function = runpy.run_path(path).get(name)
         if not callable(self.function):
-            raise ValueError(f"{path} has no function {name!r}; expected --reward path.py:function")
+            raise UserError(f"{path} has no function {name!r}; expected --reward path.py:function")
 
     @contextmanager
     def one_line_errors(self) -> Iterator[None]:
@@ -36,7 +38,7 @@ class RewardFunction:
         except FAULTS as error:
             line = traceback.extract_tb(error.__traceback__)[-1].lineno
             kind = type(error).__name__
-            raise ValueError(f"{self.place}, line {line}: {kind}: {error}") from None
+            raise UserError(f"{self.place}, line {line}: {kind}: {error}") from None
 
     def score(self, batch) -> Tensor:  # -> (B,)
         sequences = batch.tokens.split(batch.cu_seqlens.diff().tolist())
@@ -46,7 +48,7 @@ class RewardFunction:
         with self.one_line_errors():
             scores = [float(x) for x in self.function(texts, prompts)]
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
-            raise ValueError(
+            raise UserError(
                 f"{self.place} returned {str(scores)[:80]} for {len(texts)} texts; expected a "
                 "finite number for each"
             )

@@ -2,10 +2,11 @@
 
 import os
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # the models of the tests are too small for two
 
-torch.set_num_threads(1)  # the models of the tests are too small for two
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 if not torch.cuda.is_available():  # then Triton interprets its kernels, if told beforehand
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,12 +15,14 @@ if not torch.cuda.is_available():  # then Triton interprets its kernels, if told
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of an untrained model of the toy world: for tests that only read it."""
     import sft  # here, since these modules import model.py
-    from data.tokenizer import get_tokenizer
-    from model import GPT, Codec, GPTConfig, Run
+    from data.run import Run
+    from data.tokenizer import Codec, get_tokenizer
+    from model import GPT, GPTConfig, adam
 
     folder = tmp_path_factory.mktemp("tiny") / "base"
     codec = Codec(get_tokenizer("toy"), "{prompt}\\n")
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(codec.tokenizer.n_vocab, block_size=256, n_layer=1, n_head=1, n_embd=8))
-    Run("base", sft.Config(), str(folder), gpt.config, codec, model=gpt).save()
+    optimizer = adam([(gpt, 1.0)])
+    Run("base", sft.Config(), folder, gpt.config, codec, optimizer, model=gpt).save()
     return str(folder)

@@ -6,6 +6,7 @@ Weights, optimiser, random numbers, metrics and samples have to be the same to t
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ STAGES = {"sft.py": SFT, "reward.py": REWARD, "ppo.py": PPO}
 def start(script: str, folder: Path) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *TINY, *STAGES[script], "--resume"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=folder, **quiet)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small for more
+    return subprocess.Popen(command, cwd=folder, env=one_thread, **quiet)
 
 
 def left(folder: Path) -> dict[str, object]:
@@ -41,17 +43,19 @@ def left(folder: Path) -> dict[str, object]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in x.items() if k != "tokens_per_second"} for x in lines]
+            found[name] = timeless([json.loads(line) for line in path.read_text().splitlines()])
         elif path.name == "results.json":
             found[name] = json.loads(path.read_text()) | {"seconds": 0}
         elif path.name == "checkpoint.pt":
             saved = torch.load(path, weights_only=True)
-            times = [saved.pop("sizes")] + [saved["metrics"].pop("tokens_per_second", 0)]
-            found[name] = fingerprint(saved) if times else None
+            found[name] = fingerprint(saved | {"metrics": timeless(saved["metrics"])})
         elif path.is_file() and path.name != ".lock":
             found[name] = path.read_bytes()
     return found
+
+
+def timeless(metrics: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics]
 
 
 def fingerprint(value: object) -> object:

@@ -11,84 +11,127 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 UPDATE = """
-import atexit, os, sys, torch
+import atexit, copy, os, sys, torch
 sys.path[:0] = [{root!r}]
 import ppo, reward, sft
-from data.tokenizer import get_tokenizer
-from model import *
-if "RANK" in os.environ:
+from data import processes
+from data.processes import gather, my_share, rank_and_world
+from data.run import Run, RunConfig
+from data.tokenizer import Codec, get_tokenizer
+from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack, sampling_copy, to_device
+if many := "RANK" in os.environ:
     torch.distributed.init_process_group("gloo")
-    atexit.register(torch.distributed.destroy_process_group)  # as command() does
+    atexit.register(processes.leave)  # as command() does
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(1025, 64, 2, 2, 32)).eval()
+codec = Codec(get_tokenizer("toy"), "{{prompt}}")
 lengths = [1, 9, 3, 17, 2, 30, 5]  # unequal, and no multiple of two
 pairs = [(list(range(3 + n % 4)), [(7 * n + i) % 1024 for i in range(n)]) for n in lengths]
 
-def sgd(models):  # Adam would blow up the rounding of gradients that are 0
-    groups = [{{"params": list(m.parameters()), "peak_lr": lr}} for m, lr in models]
+def sgd(*models):  # Adam would blow up the rounding of gradients that are 0
+    groups = [{{"params": list(m.parameters()), "peak_lr": 0.1}} for m in models]
     return torch.optim.SGD(groups, lr=1.0)
 
 def save(name, *models):
-    states = [state_of(m) for m in models]
+    states = [processes.unsharded_weights(m) for m in models]
     if rank_and_world()[0] == 0:
         torch.save(states, f"{out}/{{name}}.pt")
 
+def a_run(name, config, model):
+    model = to_device(model, config)
+    return Run(name, config, f"{out}/{{name}}", gpt.config, codec, sgd(model), model=model)
+
 def one_sft():
-    config = RunConfig(max_tokens=40, shard=shard)
-    model = placed(copy.deepcopy(gpt), config)
-    prompts, responses = ([pair[i] for pair in my_share(pairs)] for i in (0, 1))
-    losses = ((sft.sft_loss(model, b), len(b.where)) for b in batches(prompts, responses, config))
-    optimizer_step(sgd([(model, 0.1)]), losses, sum(lengths))
-    save("sft", model)
+    empty, batches = [], sft.batches
+
+    def noted(*columns):
+        for batch in batches(*columns):
+            empty.append(not len(batch.tokens))
+            yield batch
+
+    sft.batches = noted
+    config = sft.Config(max_tokens=40 if many else 999, shard=shard)
+    run = a_run("sft", config, copy.deepcopy(gpt))
+    sft.train(run, pairs[:1], pairs, 1, 7, ["Why?"])
+    assert any(map(any, gather(empty))) == shard  # the passes of shards are joint
+    save("sft", run.modules["model"])
 
 def one_reward():
     torch.manual_seed(1)
-    config = reward.Config(max_tokens=60, shard=shard)
-    model = placed(ScalarModel(gpt), config)
-    chosen = [reward.Comparison({{"ranks": [1, 2, 2]}}, pairs[i : i + 3]) for i in range(5)]
-    optimizer_step(sgd([(model, 0.1)]), reward.losses(model, my_share(chosen), config), 5)
-    save("reward", model)
+    config = reward.Config(max_tokens=60 if many else 999, shard=shard, epochs=1)
+    run = a_run("reward", config, ScalarModel(gpt))
+    ranks = [[1, 2, 2], [1, 2, 3], [3, 3, 3], [2, 1, 3]]  # ties alone weigh nothing
+    chosen = [reward.Comparison({{"ranks": r}}, pairs[i : i + 3]) for i, r in enumerate(ranks)]
+    reward.train(run, chosen)
+    save("reward", run.modules["model"])
 
 def one_ppo():
     torch.manual_seed(1)
-    codec = Codec(get_tokenizer("toy"), "{{prompt}}")
-    config = ppo.Config(minibatch_size=3, ptx_coef=0.5, ppo_epochs=2, max_tokens=64, shard=shard)
-    value, policy = placed(ScalarModel(gpt), config), placed(copy.deepcopy(gpt), config)
+    flags = {{"minibatch_size": 3, "ptx_coef": 0.5, "ppo_epochs": 2, "shard": shard}}
+    config = ppo.Config(max_tokens=64 if many else 999, **flags)
+    value, policy = (to_device(m, config) for m in (ScalarModel(gpt), copy.deepcopy(gpt)))
     models = ppo.Models(policy, gpt, value, value, gpt, codec, pairs)
     n = torch.tensor(lengths)
     x = torch.randn(5, int(n.sum()))
     prompts, responses = zip(*pairs)
     rollout = ppo.Rollout(list(prompts), list(responses), n, n, n, x[0] - 7, x[1], x[2], x[3], x[4])
-    optimizer = sgd([(policy, 0.1), (value, 0.1)])
-    ppo.update(models, optimizer, rollout, config, 1.0, (0, "x"))
+    ppo.update(models, sgd(policy, value), rollout, config, 1.0, (0, "x"))
     save("ppo", policy, value)
 
 def one_resume():
-    config = RunConfig(shard=shard)
     batch = pack([[1, 2]], [[3, 4, 5]])
 
-    def fresh():
-        model = placed(copy.deepcopy(gpt), config)
-        return model, adam([(model, 0.01)])
+    def fresh(resume):
+        config = RunConfig(shard=shard, resume=resume)
+        model = to_device(copy.deepcopy(gpt), config)
+        optimizer = adam([(model, 0.01)])
+        return Run("sft", config, f"{out}/resume", gpt.config, codec, optimizer, model=model)
 
-    def step(model, optimizer):
-        optimizer_step(optimizer, [(sft.sft_loss(model, batch), 3)], 6)
+    def step(run):
+        (sft.sft_loss(run.modules["model"], batch) / 2).backward()
+        clip_and_step(run.optimizer, 1.0)
+        return processes.unsharded_weights(run.modules["model"])
 
-    one, other = fresh(), fresh()
-    mine = sum(p.to_local().numel() if shard else 0 for p in one[0].parameters())
+    one = fresh(resume=False)
+    mine = sum(p.to_local().numel() if shard else 0 for p in one.modules.parameters())
     assert mine < 0.6 * sum(p.numel() for p in gpt.parameters()) or not shard
-    step(*one)
-    saved = [copy.deepcopy(state_of(thing)) for thing in one]
-    step(*one)
-    for thing, state in zip(other, saved):
-        restore(thing, state)
-    step(*other)
-    weights = [state_of(model) for model, _ in (one, other)]
-    assert all(w.equal(weights[1][name]) for name, w in weights[0].items())
-    assert all(w.equal(whole(one[0]).state_dict()[name]) for name, w in weights[0].items())
+    step(one)
+    one.extra["kl_coef"] = torch.tensor(0.7)
+    one.save()
+    other = fresh(resume=True)
+    weights, resumed = step(one), step(other)
+    sampled = sampling_copy(other.modules["model"]).state_dict()
+    assert other.extra == one.extra
+    for name, w in weights.items():
+        assert w.equal(resumed[name]) and w.equal(sampled[name])
+        assert not w.equal(gpt.state_dict()[name])
+    processes.load_unsharded(other.modules["model"], gpt.state_dict())
+    loaded = processes.unsharded_weights(other.modules["model"])
+    assert all(w.equal(loaded[name]) for name, w in gpt.state_dict().items())
+
+def one_sum():
+    # of w x with x = 1 in process 0, 2 in process 1, ...: gradients 1 + 2 + ..., and no mean
+    rank, world = rank_and_world()
+    total = world * (world + 1) / 2
+    model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(3, 2)]), torch.nn.Linear(2, 1))
+    model.forward = lambda x: model[1](model[0][0](x))
+    torch.nn.init.ones_(model[0][0].weight), torch.nn.init.ones_(model[1].weight)
+    if shard:
+        processes.shard(model, keep=False, methods=())
+    assert shard == any(hasattr(p, "full_tensor") for p in model.parameters())
+    model(torch.full((1, 3), rank + 1.0)).sum().backward()
+    processes.sum_gradients(list(model.parameters()))
+    assert (processes.whole(model[0][0].weight.grad) == total).all()
+    assert (processes.whole(model[1].bias.grad) == world).all()
+    lone = torch.nn.Parameter(torch.zeros(2))
+    lone.grad = None if rank else torch.ones(2)  # a process may have none
+    processes.sum_gradients([lone])
+    assert lone.grad.tolist() == [1, 1]
+    assert gather(rank) == list(range(world))
+    assert [x for share in gather(my_share("abcde")) for x in share] == list("abcde")
 
 out, shard = {out!r}, {shard}
-one_sft(); one_reward(); one_ppo(); one_resume()
+one_sft(); one_reward(); one_ppo(); one_resume(); one_sum()
 """
 
 
@@ -124,12 +167,13 @@ WHITEN = """
 import atexit, sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import ppo
+from data import processes
 from test_ppo import close, tiny_models
 torch.distributed.init_process_group("gloo")
-atexit.register(torch.distributed.destroy_process_group)
+atexit.register(processes.leave)
 seed = torch.Generator().manual_seed(torch.distributed.get_rank())
 config = ppo.Config(max_new_tokens=4, device="cpu")
-rollout = ppo.sample_and_score(tiny_models(), [[1], [2], [3], [4]], config, 0.1, seed)
+rollout = ppo.make_rollout(tiny_models(), [[1], [2], [3], [4]], config, 0.1, seed)
 close(rollout.advantages, ppo.whiten(rollout.returns - rollout.old_values), 1e-5)
 """
 

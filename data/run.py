@@ -1,0 +1,325 @@
+"""What every stage needs beside its algorithm: a command line made from a dataclass, and the run
+folder with metrics, samples and an exact checkpoint."""
+
+import argparse
+import atexit
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from data import processes
+from data.processes import gather, rank_and_world, resolve_device
+from data.records import UserError, atomic, one_line_errors, printable, remove_unfinished
+from data.weights import unpickle
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+Count = Annotated[int, 0, math.inf]  # the type of a field holds the bounds of its flag
+Positive = Annotated[int, 1, math.inf]
+Rate = Annotated[float, 0, math.inf]
+Share = Annotated[float, 0, 1]
+
+
+@dataclass
+class RunConfig:
+    """The flags that every stage has: a field is a flag, and its trailing comment is the help."""
+
+    seed: int = 0  # every random number is a function of (seed, stage, step)
+    device: str = "auto"  # cpu, cuda, or auto: cuda where it is available
+    dtype: str = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
+    max_tokens: Positive = 16384  # tokens in one network pass: lower it when memory runs out
+    recompute: bool = False  # recompute activations in the backward pass: less memory, 4/3 the time
+    shard: bool = False  # spread weights, gradients and optimiser states over torchrun's processes
+    save_every: Positive = 100  # steps between checkpoints
+    resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, bounds = getattr(self, field.name), get_args(field.type)[1:]
+            if bounds and not (bounds[0] <= value <= bounds[1] and value < math.inf):
+                low, high = bounds
+                raise UserError(f"--{field.name} {value}: expected a number, {low} to {high}")
+
+
+def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None = None) -> Any:
+    """The Config of a command line, which argparse checks. presets: {name: {field: default}}."""
+    source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    manual, raw = sys.modules[config_class.__module__].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=manual, formatter_class=raw, allow_abbrev=False)
+    for field in fields(config_class):
+        kind = (*get_args(field.type), field.type)[0]  # without its bounds
+        if kind is list:
+            parser.add_argument(field.name, help=helps[field.name], nargs="+")
+            continue
+        help = f"{helps.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        how: dict = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{field.name}", help=help, default=field.default, **how)
+    if presets:
+        help = "other defaults, from the literature; flags of your own take precedence"
+        parser.add_argument("--preset", default="toy", choices=["toy", *presets], help=help)
+        parser.set_defaults(**presets.get(parser.parse_args(argv).preset, {}))
+    flags = vars(parser.parse_args(argv))
+    return config_class(**{name: flags[name] for name in flags if name != "preset"})
+
+
+def command(main: Callable[[Any], Any], config_class: type, presets: dict[str, dict]) -> None:
+    """Runs a program from the command line; a wrong value or file is one line and exit status 2."""
+    with one_line_errors(Run.whereabouts):
+        config = parse(config_class, presets)
+        if "RANK" in os.environ:  # torchrun has started this process
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(processes.leave)
+        try:
+            with redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()):
+                main(config)
+        except KeyboardInterrupt:
+            print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None
+        except RuntimeError as error:  # torch's own, on a GPU and on a CPU
+            if "memory" not in str(error):
+                raise
+            line = str(error).splitlines()[0]
+            raise UserError(f"{line:.200}; lower --max_tokens, then --batch_size") from None
+
+
+def precision(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Runs main(config) under the autocast of --dtype: the one place that decides precision."""
+
+    @functools.wraps(main)
+    def wrapped(config: RunConfig) -> dict:
+        if config.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype {config.dtype} is unknown; choose float32 or bfloat16")
+        device, low = resolve_device(config.device).type, config.dtype == "bfloat16"
+        # no cache of cast weights: they would be stale after an optimiser step
+        with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
+            return main(config)
+
+    return wrapped
+
+
+def progress(title: str, total: int, done: int = 0) -> tqdm:
+    """A progress bar, shown by rank 0 alone; every ten seconds if stderr is not a terminal."""
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    options = {"initial": done, "disable": rank_and_world()[0] > 0 or not title}
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 10, "delay": 1e-9}  # the delay suppresses the bar at 0 %
+    return tqdm(desc=title, total=total, ncols=80, bar_format=layout, **options)
+
+
+FORMAT = 2  # of checkpoint.pt
+KEYS = {"stage": str, "config": dict, "gpt": dict, "codec": dict, "step": int, "metrics": list}
+KEYS |= {"samples": str, "inputs": dict, "resolved": dict, "model": dict, "training": dict}
+
+
+def load_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint in a stage's folder, with every key of KEYS.
+
+    FileNotFoundError names the command that makes it; UserError if it is no such checkpoint.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        makers = {"base": "sft", "sft": "sft", "reward": "reward"}  # out/reward2: reward.py as well
+        stage = makers.get(path.parent.name.rstrip("0123456789"), "ppo")
+        raise FileNotFoundError(f"{path} does not exist; `python {stage}.py` makes it")
+    saved = found if isinstance(found := unpickle(path), dict) else {}
+    version = str(saved.get("format", 1))  # as text, since it may be a tensor
+    if "stage" in saved and version != str(FORMAT):
+        raise UserError(
+            f"{path} has format {version:.20}, expected {FORMAT}: another version of this project "
+            "wrote it; train it anew"
+        )
+    for key, kind in KEYS.items():
+        if type(saved.get(key)) is not kind:
+            raise UserError(f"{path} is no checkpoint of a stage: it has no {kind.__name__} {key}")
+    codec = saved["codec"]
+    parts = [(codec.get("tokenizer"), str), ({"template": codec.get("template")}, str)]
+    parts += [(saved["config"], str | int | float), (saved["gpt"], int | float)]
+    for part, kind in [*parts, *((line, int | float) for line in saved["metrics"])]:
+        if not isinstance(part, dict) or not all(isinstance(x, kind) for x in part.values()):
+            raise UserError(f"{path} is no checkpoint of a stage: it holds {part!r:.80}")
+    return saved
+
+
+LOCKS: dict[Path, Any] = {}  # open files: a lock ends with its process
+
+
+def lock(folder: str | Path) -> None:
+    """Makes the folder and keeps other processes out of it; UserError if another one has it."""
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl and folder not in LOCKS and rank_and_world()[0] == 0:
+        LOCKS[folder] = open(folder / ".lock", "ab")
+        try:
+            fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOCKS.pop(folder).close()
+            raise UserError(f"{folder} is in use by another run; choose another --out") from None
+        remove_unfinished(folder)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, a first Ctrl-C or SIGTERM is only noted, so that the step can end; a second acts."""
+    caught: list[int] = []
+    allowed = threading.current_thread() is threading.main_thread()  # others may set no handler
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if allowed}
+
+    def note(number: int, _) -> None:
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """A stage's folder: config.json, metrics.jsonl, samples.txt and an exact checkpoint.pt.
+
+    The checkpoint holds the networks `modules`, unsharded, of which later stages load "model"; the
+    state of the optimiser; and `extra`, a dict of numbers and tensors that a stage may fill. `gpt`
+    is the dataclass of the network's sizes; `codec` has a state_dict().
+    """
+
+    active_run: "Run | None" = None  # the run that is in steps()
+
+    def __init__(
+        self, stage: str, config: RunConfig, folder: str, gpt, codec, optimizer, **modules
+    ):
+        self.stage, self.config, self.folder = stage, config, Path(folder)
+        self.gpt, self.codec, self.optimizer = gpt, codec, optimizer
+        self.modules, self.extra = torch.nn.ModuleDict(modules), {}
+        self.step, self.metrics, self.samples = 0, [], ""
+        self.saved = None  # steps that the checkpoint holds
+        self.is_writer = rank_and_world()[0] == 0
+        lock(folder)
+        if config.resume and (self.folder / "checkpoint.pt").exists():
+            self._restore()
+        elif config.resume:
+            print(f"{self.folder} has no checkpoint to resume from: {stage} begins at step 0")
+        self.write("config.json", json.dumps(asdict(config), indent=1))
+        self.write("metrics.jsonl", self.metrics_lines())
+        self.write("samples.txt", self.samples)
+
+    def _restore(self) -> None:
+        saved, ours = load_checkpoint(self.folder), asdict(self.config)
+        for name, value in saved["config"].items():
+            same = str(ours.get(name)) == str(value)  # as text, since nan != nan
+            if name not in ("resume", "save_every") and not same:
+                raise UserError(
+                    f"{self.folder} was made with --{name} {value}, not {ours.get(name)}; "
+                    "resume it with the same value, or choose another folder"
+                )
+        training = saved["training"] | {"model": saved["model"]}
+        try:
+            processes.load_full_state(self.modules, self.optimizer, training)
+            self.extra = dict(training["extra"])
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            what = f"it is not of this network: {' '.join(str(error).split()):.200}"
+            raise UserError(f"{self.folder}/checkpoint.pt: {what}") from None
+        self.step, self.metrics, self.samples = saved["step"], saved["metrics"], saved["samples"]
+        self.saved = self.step
+
+    def save(self) -> None:
+        """Writes checkpoint.pt; on return it is on disk for every process."""
+        training = processes.full_state(self.modules, self.optimizer) | {"extra": self.extra}
+        device, dtype = str(resolve_device(self.config.device)), self.config.dtype
+        checkpoint = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "config": asdict(self.config),
+            "gpt": asdict(self.gpt),
+            "codec": self.codec.state_dict(),
+            "step": self.step,
+            "metrics": self.metrics,
+            "samples": self.samples,
+            "inputs": {},
+            "resolved": {"device": device, "dtype": dtype, "attention": "plain"},
+            "model": training.pop("model"),
+            "training": training,
+        }
+        if self.is_writer:
+            with atomic(self.folder / "checkpoint.pt") as file:
+                torch.save(checkpoint, file)
+        self.saved = self.step
+        gather(None)  # barrier: wait for rank 0 to finish writing
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The remaining steps, with a progress bar; a step's metrics are written when it ends."""
+        Run.active_run = self
+        with stop_signals() as caught, progress(self.stage, total, self.step) as bar:
+            for step in range(self.step, total):
+                self.metrics.append({"step": step})
+                yield step
+                self.write("metrics.jsonl", json.dumps(self.metrics[-1]) + "\n", append=True)
+                bar.set_postfix_str(self.shown, refresh=False)
+                bar.update()
+                self.step = step + 1
+                stopped = any(gather(bool(caught)))  # all processes end after the same step
+                if self.step % self.config.save_every == 0 or self.step == total or stopped:
+                    self.save()
+                if stopped:
+                    done = f"{self.folder}: saved after step {self.step} of {total}"
+                    print(f"\n{done}; --resume continues", file=sys.stderr)
+                    raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+        Run.active_run = None
+
+    @classmethod
+    def whereabouts(cls) -> str:
+        """What an error message adds: the step of the running stage, and its last checkpoint."""
+        if (run := cls.active_run) is None:
+            return ""
+        held = "no checkpoint yet" if run.saved is None else f"a checkpoint of {run.saved} steps"
+        return f" ({run.stage}, step {run.step}; {run.folder} has {held})"
+
+    def log(self, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
+        """Metrics of this step, for metrics.jsonl; the bar shows four of them at most."""
+        self.metrics[-1] |= metrics
+        line = self.metrics[-1]
+        names = [name for name in shown or line if name in line and name != "step"][:4]
+        self.shown = ", ".join(f"{name.split('/')[-1]} {line[name]:.3g}" for name in names)
+
+    def amend(self, metrics: dict[str, float]) -> None:
+        """Adds what is known after the last step to its line of metrics.jsonl, and saves."""
+        self.metrics[-1] |= metrics
+        self.write("metrics.jsonl", self.metrics_lines())
+        self.save()
+
+    def sample(self, *lines: str) -> None:
+        """A block of text for a person to read, appended to samples.txt."""
+        block = "\n".join(map(printable, lines)) + "\n\n"
+        self.samples += block
+        self.write("samples.txt", block, append=True)
+
+    def metrics_lines(self) -> str:
+        return "".join(json.dumps(line) + "\n" for line in self.metrics)
+
+    def write(self, name: str, text: str, append: bool = False) -> None:
+        """Writes a file of the folder, whole or not at all; or appends to it."""
+        path = self.folder / name
+        if self.is_writer:
+            with open(path, "ab") if append else atomic(path) as file:
+                file.write(text.encode())
