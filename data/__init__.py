@@ -1,1 +1,49 @@
-"""Everything about text: records, converters, the tokenizer, the toy world and its labelers."""
+"""Everything that is a file: records, other people's formats, tokenizers, the toy world, runs.
+
+Here are the sources of text, each named by a flag: the toy world, or a file. Nothing outside of
+this file asks which of the two it is.
+"""
+
+from types import ModuleType
+
+from data import records, toy
+
+TOY = "toy"
+
+
+def prompts(source: str, n: int, seed: int, split: str = "train", held_out: int = 0) -> list[str]:
+    """n prompts of the toy world's split; or all of a file, whose last `held_out` rows are no
+    part of split "train" but all of the others. No prompt is in both.
+    """
+    if source == TOY:
+        return [row["prompt"] for row in toy.prompts(n, seed, split)]
+    rows = [row["prompt"] for row in records.load_prompts(source)]
+    unseen, training = records.split_held_out(rows[::-1], held_out, key=str)
+    if split != "train":
+        return unseen[:held_out][::-1]
+    if not training:
+        raise records.UserError(
+            f"{source} has no more than the {held_out} prompts that are held out; "
+            "lower --eval_prompts"
+        )
+    return training[::-1]
+
+
+def demonstrations(source: str, n: int, seed: int) -> list[dict]:
+    """n demonstrations of the toy world, or all of a file."""
+    return toy.demonstrations(n, seed) if source == TOY else records.load_demonstrations(source)
+
+
+def texts(source: str, n: int, seed: int) -> list[str]:
+    """n documents of the toy world, or all of a file or folder."""
+    return toy.pages(n, seed) if source == TOY else records.load_texts(source)
+
+
+def texts_to_mix(source: str, n: int, seed: int, demonstrations: str) -> list[str]:
+    """The documents to mix with demonstrations: no toy documents with a file of demonstrations."""
+    return [] if source == TOY != demonstrations else texts(source, n, seed)
+
+
+def rubric(source: str) -> ModuleType | None:
+    """The world that a source's prompts come from, if it can judge the answers: toy.gold, ..."""
+    return toy if source == TOY else None
