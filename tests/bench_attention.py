@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -190,8 +191,7 @@ def check_decode(D: int, dtype: torch.dtype, limit: float) -> None:
         cache = torch.randn(2, len(n), H, S, D, device=DEVICE).to(dtype)
         new = torch.randn(len(n), 3, H, D, device=DEVICE).to(dtype)
         expected_cache = cache.double()
-        bias = model.decode_bias(expected_cache, n)
-        expected = model.padded_decode(new.double(), expected_cache, n, bias)
+        expected = model.padded_decode(new.double(), expected_cache, n)
         out = model.fused_decode(new, cache, n)
         for row, filled in enumerate(n.tolist()):
             written = cache[:, row, :, : filled + 1].double()
@@ -384,25 +384,23 @@ def compare_decode(report: Report, B: int, S: int, copy_rate: float) -> None:
 # Log-probabilities without (N, V) logits
 
 
-def naive_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C), (V, C), (N,) -> log-probabilities and entropies (N,)."""
-    logprobs = F.linear(hidden, weight).float().log_softmax(-1)  # (N, V)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
-
-
 def compare_logprobs(report: Report) -> None:
     """Time and peak memory, forward and backward, at N = 16k and V = 50,257."""
     N, V, C = (16384, 50257, 768) if GPU else (64, 1000, 32)
-    hidden = torch.randn(N, C, device=DEVICE).to(DTYPE).requires_grad_()
+    hidden = torch.randn(N + 1, C, device=DEVICE).to(DTYPE).requires_grad_()
     weight = (torch.randn(V, C, device=DEVICE) * C**-0.5).to(DTYPE).requires_grad_()
     tokens = torch.randint(V, (N,), device=DEVICE)
-    rivals = {"ours": lambda *x: model.LogProbs.apply(*x, 1.0), "naive": naive_logprobs}
+    network = mock.Mock(return_value=hidden, head_weight=weight)
+    batch = model.pack([[0]], [tokens.tolist()], DEVICE)
+    rivals = {
+        "ours": lambda: model.token_logprobs(network, batch),
+        "naive": lambda: model.head_logprobs(hidden[:-1], weight, tokens, 1.0),
+    }
     times: Table = {}
     for name, function in rivals.items():
 
         def run(function: Callable = function) -> None:
-            function(hidden, weight, tokens)[0].sum().backward()
+            function()[0].sum().backward()
 
         times[name] = milliseconds(run, [hidden, weight])
         if GPU:

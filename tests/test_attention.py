@@ -21,6 +21,7 @@ TOLERANCE = {torch.float32: FP32, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
 HEAD_DIMS = [16, 32, 64, 80, 128]
 PATHS = [pytest.param("fused", marks=kernels), "padded"]
+UNUSED = {"fused": float("nan"), "padded": 100.0}  # what cache slots hold that no row has filled
 
 
 @pytest.fixture(autouse=True)
@@ -175,9 +176,7 @@ def test_whatever_is_selected(fused: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def decode(path: str, qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
-    if path == "fused":
-        return model.fused_decode(qkv, cache, lengths)
-    return model.padded_decode(qkv, cache, lengths, model.decode_bias(cache, lengths))
+    return getattr(model, f"{path}_decode")(qkv, cache, lengths)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -193,7 +192,7 @@ def test_decode_is_exact(path: str, D: int, dtype: torch.dtype) -> None:
     new = torch.randn(B, 3, H, D).to(DEVICE, dtype)
     expected = cache.clone()
     for row, n in enumerate(lengths.tolist()):
-        cache[:, row, :, n + 1 :] = float("nan")
+        cache[:, row, :, n + 1 :] = UNUSED[path]
         expected[:, row, :, n] = new[row, 1:]
     out = decode(path, new, cache, lengths)
     for row, n in enumerate(lengths.tolist()):
@@ -221,7 +220,7 @@ def test_decode_shares(path: str, S: int) -> None:
 def test_token_by_token_equals_packed(path: str) -> None:
     T, H, D = 40, 2, 32
     qkv, _, cu_seqlens = ragged([T], H, D, torch.float32)
-    cache = torch.full((2, 1, H, 64, D), float("nan"), device=DEVICE)
+    cache = torch.full((2, 1, H, 64, D), UNUSED[path], device=DEVICE)
     steps = torch.arange(T, device=DEVICE)
     out = torch.cat([decode(path, qkv[t : t + 1], cache, steps[t : t + 1]) for t in range(T)])
     assert error(out, attend(path, qkv, cu_seqlens, T).double()) < FP32

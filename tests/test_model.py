@@ -19,31 +19,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
-from data.tokenizer import get_tokenizer
+from data.processes import batch_at
+from data.records import UserError
+from data.report import mean_and_interval
+from data.run import RunConfig, lock, stop_signals
+from data.tokenizer import Codec, documents, get_tokenizer
 from model import (
     GPT,
-    Codec,
     GPTConfig,
-    Linear,
-    LogProbs,
-    Rows,
     ScalarModel,
     adam,
     attention,
-    batch_at,
-    budget,
+    clip_and_step,
+    close_gaps,
     decode_attention,
-    documents,
     draw,
-    gelu,
     generate,
-    is_zen5,
-    lock,
     lr_schedule,
-    mean_and_interval,
+    micro_batches,
     pack,
-    pack_weight,
-    stop_signals,
+    sampling_copy,
     token_logprobs,
 )
 
@@ -98,9 +93,10 @@ def test_pack_by_hand():
     assert batch.tokens.tolist() == [5, 6, 8, 9, 0, 7, 1]
     assert batch.is_response.tolist() == [False, False, True, True, True, False, True]
     assert batch.cu_seqlens.tolist() == [0, 5, 7]
-    assert batch.where.tolist() == [1, 2, 3, 5]  # one before each response token
+    assert batch.decided_at.tolist() == [1, 2, 3, 5]  # one before each response token
     assert batch.lengths.tolist() == [3, 1]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.last.tolist() == [4, 6]
     assert batch.longest == 5 and type(batch.longest) is int
     dtypes = [batch.tokens.dtype, batch.cu_seqlens.dtype, batch.is_response.dtype]
     assert dtypes == [torch.int64, torch.int32, torch.bool]
@@ -110,29 +106,39 @@ def test_pack_takes_empty_responses():
     batch = pack([[5, 6], [7], [8]], [[], [1], []])
     assert batch.tokens.tolist() == [5, 6, 7, 1, 8]
     assert batch.cu_seqlens.tolist() == [0, 2, 4, 5]
-    assert batch.where.tolist() == [2]
+    assert batch.decided_at.tolist() == [2]
     assert batch.lengths.tolist() == [0, 1, 0]
-    assert pack([[5]], [[]]).where.tolist() == []
+    assert pack([[5]], [[]]).decided_at.tolist() == []
 
 
-def test_pack_refuses_an_empty_prompt():
-    with pytest.raises(ValueError):
+def test_pack_refuses_an_empty_prompt_and_one_without_its_response():
+    with pytest.raises(UserError):
         pack([[1], []], [[2], [3]])
-
-
-def test_pack_refuses_a_prompt_without_its_response():
     with pytest.raises(ValueError):
         pack([[1], [2]], [[3]])
 
 
-def test_where_never_crosses_into_a_neighbour():
+@pytest.mark.parametrize(
+    "lengths, parts",
+    [
+        ([4, 6, 1, 9, 3], [[0, 1], [2, 3], [4]]),  # exactly full, twice
+        ([12, 2, 30, 1], [[0], [1], [2], [3]]),  # longer than a pass: alone
+        ([1] * 12, [list(range(10)), [10, 11]]),
+        ([], []),
+    ],
+)
+def test_micro_batches_by_hand(lengths, parts):
+    assert micro_batches(lengths, RunConfig(max_tokens=10)) == parts
+
+
+def test_decided_at_never_crosses_into_a_neighbour():
     """#1 shift_off_by_one."""
     batch = pack(PROMPTS, RESPONSES)
     starts, ends = batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()
-    where = batch.where.split(batch.lengths.tolist())
-    for w, start, end, response in zip(where, starts, ends, RESPONSES, strict=True):
-        assert start <= w.min() and w.max() == end - 2
-        assert batch.tokens[w + 1].tolist() == response
+    decided_at = batch.decided_at.split(batch.lengths.tolist())
+    for own, start, end, response in zip(decided_at, starts, ends, RESPONSES, strict=True):
+        assert start <= own.min() and own.max() == end - 2
+        assert batch.tokens[own + 1].tolist() == response
 
 
 # ---- attention ----
@@ -174,10 +180,10 @@ def test_attention_lets_no_nan_of_a_neighbour_in():
 
 
 def test_decoding_appends_and_attends_to_each_rows_own_tokens():
-    """#5 no_attn_mask, #41 nan_times_zero: what the unused slots hold does not matter."""
+    """#5 no_attn_mask: what finite numbers the unused slots hold does not matter."""
     g = torch.Generator().manual_seed(0)
     sequences = [torch.randn(n + 1, 3, 2, 16, generator=g) for n in (0, 5, 2)]
-    cache = torch.full((2, 3, 2, 9, 16), math.nan)
+    cache = 100 * torch.randn(2, 3, 2, 9, 16, generator=g)
     for row, qkv in enumerate(sequences):
         cache[:, row, :, : len(qkv) - 1] = qkv[:-1, 1:].permute(1, 2, 0, 3)
     out = decode_attention(torch.stack([qkv[-1] for qkv in sequences]), cache, tensor([0, 5, 2]))
@@ -255,8 +261,15 @@ def test_a_sequence_longer_than_the_context_is_refused():
     """#54."""
     gpt = tiny_gpt(block_size=4)
     assert gpt(pack([[1, 2]], [[3, 4]])).shape == (4, 32)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         gpt(pack([[1], [1, 2]], [[3], [3, 4, 5]]))
+
+
+@pytest.mark.parametrize("wrong", [{"n_layer": 0}, {"n_head": 3}, {"vocab_size": 2**25}])
+def test_sizes_of_no_network_are_refused(wrong):
+    sizes = {"vocab_size": 11, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    with pytest.raises(UserError):
+        GPTConfig(**sizes | wrong)
 
 
 @torch.no_grad()
@@ -415,77 +428,31 @@ def test_the_logits_of_all_tokens_never_exist(prompt, response, at_once, monkeyp
             logprobs, _ = token_logprobs(gpt, batch)
         logprobs.sum().backward()
     assert largest.numel == 16 * 997  # the embedding, and not 40 rows of logits
-    rows = sum(shape[0] for shape in kept if shape[1:] == (997,) and shape[0] != 16)
-    assert rows <= 2 * 3  # for the backward pass: no logits of any chunk
+    assert all(shape[1:] != (997,) for shape in kept)  # for the backward pass: none of any chunk
     assert gpt.wte.weight.grad.abs().sum() > 0
 
 
 def test_the_gradient_of_logprobs():
     """Against autograd through all logits, in float64; at a temperature, in chunks of 4 rows."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
     tokens, factors = torch.randint(9, (10,)), torch.randn(10)
-    expected = (hidden.double() @ weight.double().T / 0.7).log_softmax(-1)
+    expected = (hidden[:-1].double() @ weight.double().T / 0.7).log_softmax(-1)
     expected_gradients = torch.autograd.grad(
         (expected[torch.arange(10), tokens] * factors).sum(), (hidden, weight)
     )
+    network, batch = (
+        mock.Mock(return_value=hidden, head_weight=weight),
+        pack([[1]], [tokens.tolist()]),
+    )
     with mock.patch.object(model_module, "rows_at_once", lambda _: 4):
-        logprobs, entropy = LogProbs.apply(hidden, weight, tokens, 0.7)
-        gradients = torch.autograd.grad((logprobs * factors).sum(), (hidden, weight))
+        logprobs, entropy = token_logprobs(network, batch, 0.7)
+    gradients = torch.autograd.grad((logprobs * factors).sum(), (hidden, weight))
     close(logprobs, expected[torch.arange(10), tokens])
     close(entropy, -(expected.exp() * expected).sum(-1))
     for found, exact in zip(gradients, expected_gradients, strict=True):
         close(found, exact, 1e-5)
     assert not entropy.requires_grad
-
-
-# ---- products and GELU on a CPU ----
-
-
-@pytest.mark.parametrize("by_onednn", [True, False])
-@pytest.mark.parametrize("T, C, V", [(300, 64, 192), (65, 256, 64), (0, 64, 64), (1, 8, 8)])
-@pytest.mark.parametrize("biased", [True, False])
-def test_linear_and_its_gradients(T, C, V, biased, by_onednn, monkeypatch):
-    """Against float64: large products, no rows at all, and few."""
-    if by_onednn and not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch comes without oneDNN")
-    monkeypatch.setattr(model_module, "ONEDNN", by_onednn)
-    torch.manual_seed(0)
-    layer, x, dy = Linear(C, V, bias=biased), torch.randn(T, C), torch.randn(T, V)
-    exact_layer, exact_x = copy.deepcopy(layer).double(), x.double().requires_grad_()
-    out, exact = layer(x.requires_grad_()), exact_layer(exact_x)
-    assert ("OneDNN" in str(out.grad_fn)) == (by_onednn and T > 1)
-    torch.testing.assert_close(out, exact.float(), atol=1e-5, rtol=1e-5)
-    found = torch.autograd.grad(out, (x, *layer.parameters()), dy)
-    expected = torch.autograd.grad(exact, (exact_x, *exact_layer.parameters()), dy.double())
-    for gradient, exact_gradient in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, exact_gradient.float(), atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), out)
-        if by_onednn:
-            layer.packed = pack_weight(layer.weight)
-            torch.testing.assert_close(layer(x), out)
-
-
-@pytest.mark.parametrize(
-    "vendor, family, expected",
-    [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False)],
-)
-def test_zen5_is_told_by_its_family(vendor, family, expected):
-    cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
-    assert is_zen5(cpuinfo) == expected
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_gelu_and_its_gradient(dtype, tolerance):
-    x = torch.linspace(-12, 12, 4001).to(dtype).requires_grad_()
-    dy = torch.linspace(0.5, 2, 4001).to(dtype)
-    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
-    assert gelu(x).dtype == dtype
-    close(gelu(x), exact, tolerance)
-    (gradient,) = torch.autograd.grad(gelu(x), x, dy)
-    (expected,) = torch.autograd.grad(exact, x, dy.double())
-    close(gradient, expected, 3 * tolerance)
 
 
 # ---- bfloat16 ----
@@ -572,19 +539,6 @@ def test_recompute_keeps_less_and_changes_no_gradient():
     (every, gradients), (few, same) = pass_(False), pass_(True)
     assert few < every / 4
     assert all(map(torch.equal, gradients, same))
-
-
-def test_the_budget_counts_every_byte_once():
-    """With 1 layer of C = 64 channels, 9,000 words, 16 positions."""
-    gpt, C = GPT(GPTConfig(9000, 16, 1, 2, 64)), 64
-    n = (9000 + 16) * C + (4 * C + 8 * C) * C + (4 + 5) * C + 3 * 2 * C
-    value = ScalarModel(gpt, shared=True)
-    optimizer = adam([(gpt, 1.0), (value.head, 1.0)])
-    numbers = [n + C + 1, n + C + 1, 2 * (n + C + 1), 2 * 1 * C * 5 * 3000]
-    line = budget({"policy": gpt, "value": value, "reward": abs}, optimizer, 5, 3000)
-    for name, number in zip(("weights", "gradients", "moments", "cache"), numbers, strict=True):
-        assert f"{name} {4 * number / 2**20:.1f}" in line
-    assert "policy 0.6, value 0.6;" in line and "reward" not in line
 
 
 # ---- sampling: one token ----
@@ -706,63 +660,37 @@ def test_generate_is_the_naive_loop(temperature, top_k, max_rows):
     assert any(r[-1] != 0 and len(r) == NEW for r in responses)  # some are cut
 
 
-def test_generate_with_packed_weights_is_the_naive_loop(monkeypatch):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch comes without oneDNN")
-    gpt, expected = naive_responses(1.0, 0)
-    packed, pack_one = [], pack_weight
-    monkeypatch.setattr(model_module, "PACKS", True)
-    monkeypatch.setattr(model_module, "PRODUCT", 1)
-    monkeypatch.setattr(model_module, "pack_weight", lambda w: packed.append(w) or pack_one(w))
-    for rows in (7, 8):
-        assert not packed
-        assert generate(gpt, MANY, NEW, 0, generator=seeded(3), max_rows=rows) == expected
-    assert len(packed) == 1 + 4 * gpt.config.n_layer
+def test_close_gaps_by_hand():
+    """Rows 0 and 2 of five have ended: 3 and 4 take their places, in the cache too."""
+    cache = torch.arange(6.0).expand(2, 2, 1, 1, 3, 6).movedim(-1, 2).contiguous()
+    assert close_gaps(cache, [10, 11, 12, 13, 14], [True, False, True, False, False]) == [
+        13,
+        11,
+        14,
+    ]
+    assert (cache[:, :, :3].movedim(2, -1) == tensor([3.0, 1, 4])).all()
+    assert (cache[:, :, 5] == 5).all()  # a free row
+    before = cache.clone()
+    assert close_gaps(cache, [3, 4, 5], [False, False, True]) == [3, 4]
+    assert close_gaps(cache, [3, 4], [False, False]) == [3, 4]
+    assert close_gaps(cache, [3], [True]) == []
+    assert cache.equal(before)
 
 
-@pytest.mark.parametrize("max_rows", [256, 7])
-def test_rows_that_have_ended_may_go_on_for_a_while(max_rows, monkeypatch):
-    """As on a GPU: asked every five steps, and in powers of two of rows, of which some are free."""
-    gpt, expected = naive_responses(1.0, 0)
-    widths = []
-
-    def advance(rows):
-        widths.append(min(1 << (rows.live - 1).bit_length(), len(rows.who)))
-        rows.decode(widths[-1])
-
-    monkeypatch.setattr(model_module, "ask_every", lambda _: 5)
-    monkeypatch.setattr(Rows, "advance", advance)
-    assert generate(gpt, MANY, NEW, 0, generator=seeded(3), max_rows=max_rows) == expected
-    assert len(set(widths)) > 1
+def test_a_row_is_clean_for_its_next_prompt():
+    """Whatever the one before has left there: here NaN, which a weight of 0 does not stop."""
+    gpt, prompts = tiny_gpt(), [[1] * 12, [1] * 12, [3, 4], [1] * 12]
+    expected = generate(gpt, prompts, 4, 0, generator=seeded(0))[2]
+    gpt.wpe.weight.data[8:] = math.nan  # only the third response ends before
+    assert generate(gpt, prompts, 4, 0, generator=seeded(0), max_rows=2)[2] == expected
 
 
-class NothingAsked(TorchDispatchMode):
-    """Fails where a GPU would have to finish before the program can go on."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "_to_copy", "is_nonzero", "masked_select")
-        assert function.__name__.split(".")[0] not in waits, function
-        return function(*args, **kwargs or {})
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("temperature, top_k", [(0, 0), (1.0, 0), (0.7, 3)])
-def test_a_step_of_decoding_asks_the_device_for_nothing(temperature, top_k, monkeypatch):
-    """So that a CUDA graph can record it. The kernel is replaced by one that attends to nothing."""
-    monkeypatch.setattr(model_module, "use_kernels", lambda _: True)
-    monkeypatch.setattr(
-        model_module, "fused_decode", lambda qkv, cache, lengths: qkv[:, 0], raising=False
-    )  # without Triton there is no kernel to replace
-    uniform = torch.rand(3, 6)
-
-    def choose(logits, who, step):
-        return draw(logits, uniform[who, step], temperature, top_k)
-
-    rows = Rows(tiny_gpt(), 3, 24, choose, new=5, eos=0)
-    rows.live, rows.alive[:2] = 3, True
-    with NothingAsked():
-        rows.decode(3)
-    assert rows.step.tolist() == [1, 1, 0]
+def test_sampling_shares_weights_where_nothing_has_to_change():
+    gpt = tiny_gpt(dropout=0.5).train()
+    copied = sampling_copy(gpt)
+    pairs = zip(gpt.state_dict().values(), copied.state_dict().values(), strict=True)
+    assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in pairs)
+    assert gpt.training and not copied.training
 
 
 @pytest.mark.parametrize("eos_token", [0, 1, 2])
@@ -782,19 +710,13 @@ def test_a_response_is_cut_after_max_new_tokens(max_new_tokens):
     assert generate(gpt, [[1], [1, 2, 0]], max_new_tokens, eos_token=0) == expected
 
 
-def test_what_does_not_fit_into_the_context_is_refused():
+def test_what_does_not_fit_into_the_context_is_refused_and_an_empty_prompt():
     """#54."""
     gpt = tiny_gpt(block_size=8).train()
     assert len(generate(gpt, [[1], [1, 2, 3]], 5, eos_token=0)) == 2
-    with pytest.raises(ValueError):
-        generate(gpt, [[1], [1, 2, 3]], 6, eos_token=0)
-    assert gpt.training
-
-
-def test_generate_refuses_an_empty_prompt_and_restores_the_mode():
-    gpt = tiny_gpt().train()
-    with pytest.raises(ValueError):
-        generate(gpt, [[1], []], 2, eos_token=0)
+    for prompts, new in (([[1], [1, 2, 3]], 6), ([[1], []], 2)):
+        with pytest.raises(UserError):
+            generate(gpt, prompts, new, eos_token=0)
     assert gpt.training
 
 
@@ -867,6 +789,37 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert lr_schedule(0, 10, 0) == 1
 
 
+def test_a_step_clips_each_model_by_itself():
+    # gradients 3, 4 and 0.3, 0.4: norms 5 and 0.5, of which the first is clipped to 1
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "peak_lr": lr} for lr in (1.0, 10.0)]
+    (one,), (other,) = (group["params"] for group in groups)
+    one.grad, other.grad = tensor([3.0, 4.0]), tensor([0.3, 0.4])
+    assert clip_and_step(torch.optim.SGD(groups), 7.0, lr=0.5) == (7.0, pytest.approx([5, 0.5]))
+    close(one.detach(), [-0.3, -0.4])
+    close(other.detach(), [-1.5, -2.0])
+    assert one.grad is None and other.grad is None
+
+
+@pytest.mark.parametrize(
+    "gradient, loss, message",
+    [
+        (math.nan, 1.0, "the loss is 1.0, the gradient of h.0.mlp.c_fc.weight"),
+        (math.inf, 1.0, "the loss is 1.0, the gradient of h.0.mlp.c_fc.weight"),
+        (1.0, math.nan, "the loss is nan"),
+        (1.0, -math.inf, "the loss is -inf"),
+    ],
+)
+def test_what_is_not_finite_is_refused_before_the_weights_change(gradient, loss, message):
+    gpt = tiny_gpt(n_layer=1)
+    before = copy.deepcopy(gpt.state_dict())
+    for p in gpt.parameters():
+        p.grad = torch.ones_like(p)
+    gpt.h[0].mlp.c_fc.weight.grad[0, 0] = gradient
+    with pytest.raises(UserError, match=message):
+        clip_and_step(adam([(gpt, 0.1)]), loss)
+    assert all(w.equal(before[name]) for name, w in gpt.state_dict().items())
+
+
 def test_every_epoch_goes_through_all_items_in_an_order_of_its_own():
     batches = [batch_at(step, range(10), 3, 0, "x") for step in range(8)]  # 3, 3, 3 and 1 twice
     first, second = sum(batches[:4], []), sum(batches[4:], [])
@@ -905,7 +858,7 @@ def test_a_second_signal_acts():
 
 def test_a_run_that_is_refused_removes_nothing(tmp_path):
     """The other run may be writing just now."""
-    code = f"import sys, model; model.lock({str(tmp_path)!r})\n"
+    code = f"import sys; from data.run import lock; lock({str(tmp_path)!r})\n"
     code += "print('held', flush=True); sys.stdin.read()"
     unfinished = tmp_path / ".checkpoint.pt.1.tmp"
     with subprocess.Popen(
@@ -917,7 +870,7 @@ def test_a_run_that_is_refused_removes_nothing(tmp_path):
     ) as other:
         assert other.stdout.readline() == "held\n"
         unfinished.touch()
-        with pytest.raises(ValueError, match="in use by another run"):
+        with pytest.raises(UserError, match="in use by another run"):
             lock(tmp_path)
         assert unfinished.exists()
         other.communicate("")
