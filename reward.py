@@ -6,6 +6,7 @@ network with a scalar head in place of the vocabulary learns to score the better
     python reward.py                            # sample, let the simulated labeler rank, train
     python reward.py --labeler human            # sample, rank them yourself
     python reward.py --comparisons mine.jsonl   # {"prompt": …, "responses": […], "ranks": […]}
+    python reward.py --score mine.jsonl --out scores.jsonl       # score responses, train nothing
     python reward.py --policy out/ppo --merge out/reward/comparisons.jsonl --out out/reward2
 
 The last one is the next round of the paper's loop: the policy's own responses are ranked, and a new
@@ -13,57 +14,24 @@ reward model learns from them and from the earlier comparisons. The labeler of t
 its hidden rubric and adds noise; the reward model sees only the rankings.
 """
 
-import itertools
-import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import labeler, toy
+import data
+from data import labeler, processes, records, report
 from data.presets import REWARD as PRESETS
-from data.records import (
-    load_comparisons,
-    load_demonstrations,
-    load_prompts,
-    pair_accuracy,
-    save_records,
-    write_atomically,
-)
-from model import (
-    GPT,
-    Batch,
-    Codec,
-    Pair,
-    Run,
-    RunConfig,
-    ScalarModel,
-    adam,
-    all_shares,
-    batch_at,
-    budget,
-    command,
-    fit,
-    generate,
-    generator,
-    lock,
-    lr_schedule,
-    my_place,
-    my_share,
-    optimizer_step,
-    pack,
-    passes,
-    placed,
-    precision,
-    rank_and_world,
-    resolve_device,
-    seed_of,
-    steps_per_epoch,
-)
+from data.processes import batch_at, gather, generator, my_share, seed_of, steps_per_epoch
+from data.records import UserError, load_comparisons, pair_accuracy
+from data.run import Positive, Rate, Run, RunConfig, command, lock, precision
+from data.tokenizer import Codec, Pairs, fitting
+from model import GPT, ScalarModel, adam, clip_and_step, generate, grouped, lr_schedule, to_device
 
 
 @dataclass
@@ -78,17 +46,19 @@ class Config(RunConfig):
     merge: str = ""  # .jsonl of earlier comparisons to train on as well
     policy: str = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: str = "toy"  # what it answers: toy, or a .jsonl file of prompts
-    toy_prompts: int = 2800  # how many toy prompts
-    responses: int = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
-    noise: float = 0.5  # of the simulated labeler, in points of the rubric
-    max_new_tokens: int = 80  # longest response
-    temperature: float = 1.0  # of sampling
+    toy_prompts: Positive = 2800  # how many toy prompts
+    responses: Annotated[int, 2, 1000] = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
+    noise: Rate = 0.5  # of the simulated labeler, in points of the rubric
+    max_new_tokens: Positive = 80  # longest response
+    temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling
+    score: str = ""  # .jsonl of responses: write them with "scores" to --out, and train nothing
+    reward_model: str = "out/reward"  # folder of the model that --score takes
     # the training
     demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
-    epochs: int = 2  # passes over the comparisons (InstructGPT: 1)
-    batch_size: int = 4  # prompts a step, with all their responses
-    lr: float = 1e-3  # peak learning rate
-    held_out: float = 0.1  # share of the prompts that only measures accuracy
+    epochs: Positive = 2  # passes over the comparisons (InstructGPT: 1)
+    batch_size: Positive = 4  # prompts a step, with all their responses
+    lr: Rate = 1e-3  # peak learning rate
+    held_out: Annotated[float, 0, 0.9] = 0.1  # share of the prompts that only measures accuracy
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
@@ -105,250 +75,181 @@ def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
     return torch.stack(losses).mean() if losses else 0 * scores.sum()
 
 
-# --------------------------------------------------------------------------------------------------
-# Collecting
-
-
 def collect(config: Config) -> list[dict]:
     """{"prompt", "responses"}: K sampled responses to each prompt, duplicates removed."""
     source, codec = config.policy or config.sft, Codec.load(config.sft)
-    model = GPT.load(source).to(resolve_device(config.device))
-    place = (config.seed, "collect", "policy" if config.policy else "sft")
-    if config.prompts == "toy":
-        rows = toy.prompts(config.toy_prompts, seed_of(*place))
-    else:
-        rows = load_prompts(config.prompts)
+    model = to_device(GPT.load(source), config)
+    key = (config.seed, "collect", "policy" if config.policy else "sft")
+    asked = data.prompts(config.prompts, config.toy_prompts, seed_of(*key))
     room = model.config.block_size - config.max_new_tokens
-    prompts = [codec.prompt(row["prompt"])[-room:] for row in rows for _ in range(config.responses)]
+    prompts = [codec.prompt(text, room) for text in asked for _ in range(config.responses)]
     limits = (config.max_new_tokens, codec.eos, config.temperature)
-    seed = generator(*my_place(*place))
-    title = f"responses of {source}"
-    shares = all_shares(generate(model, my_share(prompts), *limits, generator=seed, title=title))
+    seed, title = generator(*processes.rank_key(*key)), f"responses of {source}"
+    shares = gather(generate(model, my_share(prompts), *limits, generator=seed, title=title))
     texts, items = iter([codec.text(tokens) for share in shares for tokens in share]), []
-    for row in rows:
+    for prompt in asked:
         different = dict.fromkeys(next(texts) for _ in range(config.responses))
-        responses = [text for text in different if "\0" not in text]  # which no record may hold
-        if len(responses) > 1:
-            items.append({"prompt": row["prompt"], "responses": responses})
-    return items
-
-
-def ranked_by_rubric(items: list[dict], config: Config) -> list[dict]:
-    rng = random.Random(config.seed)
-    ranks = [labeler.rank(i["prompt"], i["responses"], rng, config.noise) for i in items]
-    return [item | {"ranks": r} for item, r in zip(items, ranks, strict=True)]
-
-
-def rank_by_hand(config: Config) -> None:
-    """Asks at the terminal until all is ranked; ends the program if the person quits before."""
-    path = Path(config.out) / "responses.jsonl"
-    if rank_and_world()[1] > 1:
-        raise ValueError("--labeler human needs a single process; rank first, then train with many")
-    if not config.resume:
-        labeler.refuse_answers(config.out)
-    if not config.resume or not path.exists():
-        save_records(path, collect(config))
-    person = labeler.Person(load_comparisons(path), config.out, config.seed)
-    if not person.rank_all():
-        print(f"--resume continues; or --labeler file --comparisons {person.output} trains now")
-        raise SystemExit(0)
+        responses = [text for text in different if "\0" not in text]  # no record may hold NUL
+        items.append({"prompt": prompt, "responses": responses})
+    return [item for item in items if len(item["responses"]) > 1]
 
 
 def ranked(config: Config) -> list[dict]:
-    """The comparisons to train on: given, or sampled and ranked now; and the earlier ones."""
+    """The comparisons to train on, given or sampled and ranked now, and those of --merge."""
     if config.labeler not in ("gold", "human", "file"):
-        raise ValueError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
+        raise UserError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
+    if config.labeler == "human" and config.comparisons:
+        raise UserError("--labeler human ranks new responses; --comparisons are ranked already")
+    if config.labeler == "gold" and not config.comparisons and not data.rubric(config.prompts):
+        raise UserError("--labeler gold ranks toy prompts only; choose human, or --comparisons")
     if config.labeler == "file" and not config.comparisons:
-        raise ValueError("--labeler file needs the file: --comparisons <path>")
+        raise UserError("--labeler file needs the file: --comparisons <path>")
     lock(config.out)
     path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
     if config.labeler == "human":
-        rank_by_hand(config)
+        if processes.rank_and_world()[1] > 1:
+            raise UserError("--labeler human needs a single process; train with many afterwards")
+        labeler.rank_by_hand(lambda: collect(config), config.out, config.seed, config.resume)
     elif not config.comparisons and not (config.resume and path.exists()):
-        records = ranked_by_rubric(collect(config), config)
-        if rank_and_world()[0] == 0:
-            save_records(path, records)
-        all_shares(None)  # nobody goes on to read what is not there yet
+        items, rng = collect(config), random.Random(config.seed)
+        for item in items:
+            item["ranks"] = labeler.rank(item["prompt"], item["responses"], rng, config.noise)
+        if processes.rank_and_world()[0] == 0:
+            records.save_records(path, items)
+        gather(None)  # barrier: wait for rank 0 to finish writing
     earlier = load_comparisons(config.merge) if config.merge else []
-    records = load_comparisons(path) + earlier  # the new ones first: they are held out
-    print(f"{len(records)} comparisons, {len(records) - len(earlier)} of them in {path}")
-    return records
-
-
-# --------------------------------------------------------------------------------------------------
-# Training: all responses to a prompt are one batch element, each scored once
+    rows = load_comparisons(path) + earlier  # the new ones first: they are held out
+    print(f"{len(rows)} comparisons, {len(rows) - len(earlier)} of them in {path}")
+    return rows
 
 
 @dataclass
 class Comparison:
-    """A record's responses, tokenised with the prompt before each."""
+    """A record and its tokens: one element of a batch, of which each response is scored once."""
 
     record: dict
-    pairs: list[Pair]  # K times (prompt, response)
+    pairs: Pairs  # K times (prompt, response)
 
     @property
     def decides(self) -> bool:
+        """Whether any response is better than another: ties alone teach nothing."""
         return len(set(self.record["ranks"])) > 1
 
 
-def tokenised(records: list[dict], codec: Codec, block_size: int) -> list[Comparison]:
+Comparisons = list[Comparison]
+
+
+def tokenised(rows: list[dict], codec: Codec, block_size: int) -> Comparisons:
     """Comparisons whose responses fit into the context; their prompts are cut from the left."""
-    comparisons = []
-    for record in records:
-        prompt = codec.prompt(record["prompt"])
-        responses = [codec.response(text) for text in record["responses"]]
-        if max(map(len, responses)) < block_size:
-            # cut as for the longest, so that all responses follow the same prompt
-            prompt, _ = fit(prompt, max(responses, key=len), block_size)
-            comparisons.append(Comparison(record, [(prompt, response) for response in responses]))
-    if len(comparisons) < len(records):
-        print(f"{len(records) - len(comparisons)} comparisons longer than the context are left out")
-    return comparisons
-
-
-def packed(
-    comparisons: list[Comparison], config: Config
-) -> Iterator[tuple[Batch, list[Comparison]]]:
-    """Comparisons in order as batches of at most config.max_tokens tokens."""
-    lengths = [sum(len(p) + len(r) for p, r in c.pairs) for c in comparisons]
-    for part in passes(lengths, config):
-        chosen = [comparisons[i] for i in part]
-        prompts, responses = ([pair[i] for c in chosen for pair in c.pairs] for i in (0, 1))
-        yield pack(prompts, responses, resolve_device(config.device)), chosen
-
-
-def losses(
-    model: ScalarModel, comparisons: list[Comparison], config: Config
-) -> Iterator[tuple[Tensor, int]]:
-    """The ranking loss of each micro-batch, and the number of prompts it is a mean over."""
-    for batch, chosen in packed(comparisons, config):
-        scores = model.score(batch)
-        ranks = torch.tensor([rank for c in chosen for rank in c.record["ranks"]]).to(scores.device)
-        yield (
-            ranking_loss(scores, ranks, [len(c.pairs) for c in chosen]),
-            sum(c.decides for c in chosen),
-        )
+    return [Comparison(row, pairs) for row, pairs in fitting(rows, codec, block_size)]
 
 
 @torch.no_grad()
-def score_all(
-    model: ScalarModel, comparisons: list[Comparison], config: Config
-) -> list[list[float]]:
+def score_all(model: ScalarModel, comparisons: Comparisons, config: Config) -> list[list[float]]:
     """The score of every response, by prompt."""
-    scores = []
-    for batch, chosen in packed(comparisons, config):
-        counts = [len(c.pairs) for c in chosen]
-        scores += [s.tolist() for s in model.score(batch).split(counts)]
-    return scores
+    parts = grouped([c.pairs for c in comparisons], config)
+    scores = iter([score for _, batch in parts for score in model.score(batch).tolist()])
+    return [[next(scores) for _ in c.pairs] for c in comparisons]
 
 
 @torch.no_grad()
 def start_from_cue(gpt: GPT, codec: Codec, cue: str) -> None:
-    """Gives end of text the embedding of the last token of cue, as soft prompts start from words
-    (Lester et al. 2021, 3.2).
+    """Gives end of text the embedding of the cue's last token (Lester et al. 2021, section 3.2).
 
-    Pretraining has never shown end of text as an input, but it has shown what people say of an
-    answer. Without this, a model of the toy world's size learns whether the reply is about the
-    asked subject all at once or, from every third initialisation, not at all.
+    End of text is never an input in pretraining. Without a cue, a model of the toy world's size
+    learns late or, for one seed in three, never whether a reply is about the prompt's subject.
     """
     if tokens := codec.tokenizer.encode_ordinary(cue):
-        gpt.wte.weight[codec.eos] = gpt.wte.weight[tokens[-1]]
+        gpt.head_weight[codec.eos] = gpt.head_weight[tokens[-1]]  # tied to the embedding
 
 
-def train(run: Run, comparisons: list[Comparison]) -> None:
-    config, model, optimizer = run.config, run.state["model"], run.state["optimizer"]
+def train(run: Run, comparisons: Comparisons) -> None:
+    """Minimises the ranking loss over all comparisons."""
+    config, model = run.config, run.modules["model"]
     steps = config.epochs * steps_per_epoch(comparisons, config.batch_size)
-    print(f"reward: {budget({'reward model': model}, optimizer)}")
     for step in run.steps(steps):
         chosen = batch_at(step, comparisons, config.batch_size, config.seed, "reward")
-        lr, total = lr_schedule(step, steps, warmup=steps // 20), sum(c.decides for c in chosen)
-        parts = losses(model, my_share(chosen), config)
-        loss, norms = optimizer_step(optimizer, parts, max(1, total), lr)
-        run.log({"loss": loss, "grad_norm": norms[0], "lr": optimizer.param_groups[0]["lr"]})
+        mine, total, loss_sum = my_share(chosen), max(1, sum(c.decides for c in chosen)), 0.0
+        for part, batch in grouped([c.pairs for c in mine], config):
+            own = [mine[i] for i in part]
+            scores, counts = model.score(batch), [len(c.pairs) for c in own]
+            ranks = torch.tensor([rank for c in own for rank in c.record["ranks"]])
+            weight = sum(c.decides for c in own) / total  # the mean over all prompts results
+            loss = ranking_loss(scores, ranks.to(scores.device), counts) * weight
+            loss.backward()
+            loss_sum += loss.item()
+        lr = lr_schedule(step, steps, warmup=steps // 20)
+        loss, (norm,) = clip_and_step(run.optimizer, loss_sum, lr)
+        run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})
 
 
-# --------------------------------------------------------------------------------------------------
-# What it has learned
+def center(model: ScalarModel, training: Comparisons, codec: Codec, config: Config) -> None:
+    """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
+    if config.demonstrations or own_world(config):
+        rows = data.demonstrations(config.demonstrations or config.prompts, 500, config.seed + 1)
+    else:
+        rows = [
+            {"prompt": c.record["prompt"], "response": text}
+            for c in training[:500]
+            for text, rank in zip(c.record["responses"], c.record["ranks"], strict=True)
+            if rank == 1
+        ]
+    scores = score_all(model, tokenised(rows, codec, model.gpt.config.block_size), config)
+    with torch.no_grad():
+        model.head.bias -= sum(score for (score,) in scores) / len(scores)
 
 
-def report(
-    model: ScalarModel,
-    training: list[Comparison],
-    held_out: list[Comparison],
-    codec: Codec,
-    config: Config,
-) -> dict:
-    """What report.json holds, printed: shares of pairs ordered rightly, and the calibration."""
-    records = [c.record for c in held_out]
-    ranks = [record["ranks"] for record in records]
-    scores = score_all(model, held_out, config)
+def own_world(config: Config) -> ModuleType | None:
+    """The world that the comparisons come from, if its rubric has ranked them; else None."""
+    simulated = config.labeler == "gold" and not config.comparisons
+    return data.rubric(config.prompts) if simulated else None
+
+
+def measure(model: ScalarModel, training: Comparisons, held_out: Comparisons, run: Run) -> dict:
+    """What report.json holds: how often several scores order held-out pairs as the labeler did."""
+    rows = [c.record for c in held_out]
+    ranks = [row["ranks"] for row in rows]
+    scores = score_all(model, held_out, run.config)
     lengths = [[len(response) for _, response in c.pairs] for c in held_out]
-    words = bag_of_words(training, held_out, codec.tokenizer.n_vocab)
-    found = {
+    words = bag_of_words(training, held_out, run.codec.tokenizer.n_vocab)
+    pairs = {
         "reward model, held-out comparisons": pair_accuracy(scores, ranks),
         "a linear model of word counts": pair_accuracy(words, ranks),
         "the longer response wins": pair_accuracy(lengths, ranks),
     }
-    if config.prompts == "toy" and config.labeler == "gold" and not config.comparisons:
-        gold = [[toy.gold(r["prompt"], text) for text in r["responses"]] for r in records]
+    if world := own_world(run.config):
+        gold = [[world.gold(row["prompt"], text) for text in row["responses"]] for row in rows]
         gold_ranks = [[1 + sum(x > own for x in g) for own in g] for g in gold]
-        found["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
-        found["reward model against the hidden rubric"] = pair_accuracy(scores, gold_ranks)
-        for flaw in toy.PROBES:
-            pairs = [pair for pair in toy.probe_pairs(1200, 1, "test") if pair["flaw"] == flaw]
-            probes = [
-                {"prompt": p["prompt"], "responses": [p["good"], p["bad"]], "ranks": [1, 2]}
-                for p in pairs
-            ]
-            probe_scores = score_all(model, tokenised(probes, codec, 10**9), config)
-            name = f"prefers a perfect response to: {flaw}"
-            found[name] = pair_accuracy(probe_scores, [[1, 2]] * len(probes))
-    for name, (share, half_width, n) in found.items():
-        shown = f"{share:.3f} ± {half_width:.3f} of {n} pairs" if n else "no pairs"
-        print(f"{name:48s} {shown}")
-    bins = calibration(scores, ranks)
-    for predicted, observed, n in bins:
-        print(f"pairs ordered with probability {predicted:.2f}: {observed:.2f} rightly, of {n}")
-    flat = torch.tensor([[x for group in lists for x in group] for lists in (scores, lengths)])
-    length_correlation = flat.corrcoef()[0, 1].item()
-    print(f"correlation of score and length {length_correlation:.2f}")
-    return {"pairs": found, "calibration": bins, "length_correlation": length_correlation}
+        pairs["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
+        pairs["reward model against the hidden rubric"] = pair_accuracy(scores, gold_ranks)
+        pairs |= probe(model, world, run)
+    correlation = report.correlation(scores, lengths)
+    calibration = report.calibration(scores, ranks)
+    return {"pairs": pairs, "calibration": calibration, "length_correlation": correlation}
 
 
-def calibration(
-    scores: list[list[float]], ranks: list[list[int]]
-) -> list[tuple[float, float, int]]:
-    """By tenths of the probability sigmoid(r_a - r_b) that the model gives to the order it prefers:
-    its mean, the share of pairs that the labeler ordered so too, and their number."""
-    pairs = []
-    for group in zip(scores, ranks, strict=True):
-        for (r, rank), (other, other_rank) in itertools.combinations(zip(*group, strict=True), 2):
-            if rank != other_rank:
-                p = torch.tensor(abs(r - other)).sigmoid().item()
-                pairs.append((p, (r > other) == (rank < other_rank)))
-    bins = []
-    for tenth in range(5, 10):
-        inside = [pair for pair in pairs if min(int(pair[0] * 10), 9) == tenth]
-        if inside:
-            predicted, observed = (sum(x) / len(inside) for x in zip(*inside, strict=True))
-            bins.append((predicted, observed, len(inside)))
-    return bins
+def probe(model: ScalarModel, world: ModuleType, run: Run) -> dict:
+    """How often a perfect response scores higher than itself with one flaw, by the flaw."""
+    found, rows = {}, world.probe_pairs(1200, 1, "test")
+    for flaw in world.PROBES:
+        own = [r | {"responses": [r["good"], r["bad"]]} for r in rows if r["flaw"] == flaw]
+        chosen = tokenised(own, run.codec, model.gpt.config.block_size)
+        accuracy = pair_accuracy(score_all(model, chosen, run.config), [[1, 2]] * len(chosen))
+        found[f"prefers a perfect response to: {flaw}"] = accuracy
+    return found
 
 
-def bag_of_words(
-    training: list[Comparison], held_out: list[Comparison], n_vocab: int
-) -> list[list[float]]:
-    """Scores by a weight for each token of the vocabulary, learnt by the same loss: a baseline
-    that knows neither order nor prompt."""
+def bag_of_words(training: Comparisons, held_out: Comparisons, n_vocab: int) -> list[list[float]]:
+    """The scores of a baseline that knows neither word order nor prompt: the sum of a weight for
+    each token of a response, trained with the same loss."""
     bag = nn.EmbeddingBag(n_vocab, 1, mode="sum")
     nn.init.zeros_(bag.weight)
     optimizer, batch_size = torch.optim.Adam(bag.parameters(), lr=0.01), 32
 
-    def scores(comparisons: list[Comparison]) -> Tensor:
-        responses = [response for c in comparisons for _, response in c.pairs]
-        starts = list(itertools.accumulate(map(len, responses), initial=0))[:-1]
-        tokens = list(itertools.chain.from_iterable(responses))
-        return bag(torch.tensor(tokens), torch.tensor(starts))[:, 0]
+    def scores(comparisons: Comparisons) -> Tensor:
+        responses = [torch.tensor(response) for c in comparisons for _, response in c.pairs]
+        starts = torch.tensor([0, *map(len, responses[:-1])]).cumsum(0)
+        return bag(torch.cat(responses), starts)[:, 0]
 
     for step in range(5 * steps_per_epoch(training, batch_size)):
         chosen = batch_at(step, training, batch_size, "bag of words")
@@ -361,57 +262,54 @@ def bag_of_words(
         return [s.tolist() for s in scores(held_out).split([len(c.pairs) for c in held_out])]
 
 
-def center(model: ScalarModel, comparisons: list[Comparison], codec: Codec, config: Config) -> None:
-    """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
-    if config.demonstrations:
-        rows = load_demonstrations(config.demonstrations)
-    elif config.prompts == "toy" and config.labeler == "gold" and not config.comparisons:
-        rows = toy.demonstrations(500, config.seed + 1)
-    else:
-        rows = [
-            {"prompt": c.record["prompt"], "response": text}
-            for c in comparisons[:500]
-            for text, rank in zip(c.record["responses"], c.record["ranks"], strict=True)
-            if rank == 1
-        ]
-    records = [{"prompt": r["prompt"], "responses": [r["response"]], "ranks": [1]} for r in rows]
-    block_size = model.gpt.config.block_size
-    scores = score_all(model, tokenised(records, codec, block_size), config)
-    with torch.no_grad():
-        model.head.bias -= sum(score for (score,) in scores) / len(scores)
+def score_file(config: Config) -> dict:
+    """Writes the records of --score to --out with the score of each response."""
+    if not config.out.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--score writes a file, and --out {config.out} is none; expected *.jsonl")
+    if Path(config.score).resolve() == Path(config.out).resolve():
+        raise UserError(f"--out {config.out} is the file that --score reads; choose another one")
+    codec, model = Codec.load(config.reward_model), ScalarModel.load(config.reward_model)
+    rows = records.load_answers(config.score)
+    comparisons = tokenised(rows, codec, model.gpt.config.block_size)
+    scores = score_all(to_device(model, config).eval(), comparisons, config)
+    scored = [c.record | {"scores": s} for c, s in zip(comparisons, scores, strict=True)]
+    records.save_records(config.out, scored)
+    print(f"wrote {len(scored)} records with scores to {config.out}")
+    return {"records": len(scored)}
 
 
 @precision
 def main(config: Config) -> dict:
+    if config.score:
+        return score_file(config)
     gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
-    codec.refuse_other_vocabulary(gpt)
+    codec.check_vocabulary(gpt.config.vocab_size)
     comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
-    if len(comparisons) < 2:
-        raise ValueError(f"{len(comparisons)} usable comparisons; at least 2 are needed")
-    split = max(1, int(config.held_out * len(comparisons)))
-    held_out, training = comparisons[:split], comparisons[split:]
+    n = max(1, int(config.held_out * len(comparisons)))
+    held_out, training = records.split_held_out(comparisons, n, key=lambda c: c.record["prompt"])
+    if not training:
+        raise UserError(
+            f"{len(held_out)} comparisons are held out, none is left to train on; add more"
+        )
     start_from_cue(gpt, codec, config.cue)
     torch.manual_seed(seed_of(config.seed, "head"))
-    model = placed(ScalarModel(gpt), config)
-    state = {"model": model, "optimizer": adam([(model, config.lr)])}
-    run = Run("reward", config, config.out, gpt.config, codec, **state)
+    model = to_device(ScalarModel(gpt), config)
+    optimizer = adam([(model, config.lr)])
+    run = Run("reward", config, config.out, gpt.config, codec, optimizer, model=model)
     train(run, training)
-
-    if "accuracy" not in run.metrics:
+    if "accuracy" not in run.metrics[-1]:  # it was not centered before
         center(model, training, codec, config)
-    found = report(model, training, held_out, codec, config)
+    found = measure(model, training, held_out, run)
     accuracy, accuracy_ci, _ = found["pairs"]["reward model, held-out comparisons"]
-    run.metrics |= {"accuracy": accuracy, "accuracy_ci": accuracy_ci}  # ppo.py asks for them
-    run.save()
-    text = json.dumps(found, indent=1).encode()
-    if run.first:
-        write_atomically(run.folder / "report.json", lambda file: file.write(text))
+    run.amend({"accuracy": accuracy, "accuracy_ci": accuracy_ci})  # ppo.py asks for them
+    report.print_reward_report(found)
+    run.write("report.json", report.strict_json(found))
     for c, scores in zip(held_out[:5], score_all(model, held_out[:5], config), strict=True):
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
     print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python ppo.py")
-    return run.metrics
+    return run.metrics[-1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The ranking loss by hand, the report, and the positions at which a ScalarModel is read."""
 
+import json
 import math
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ import torch.nn.functional as F
 from torch import tensor
 
 import reward
-from data import toy
-from data.records import save_records
-from data.tokenizer import get_tokenizer
-from model import GPT, Codec, GPTConfig, ScalarModel, pack
+from data import report, toy
+from data.records import UserError, save_records
+from data.run import Run
+from data.tokenizer import Codec, get_tokenizer
+from model import GPT, GPTConfig, ScalarModel, pack
 from reward import ranking_loss
 
 EOS = 0
@@ -150,11 +154,16 @@ def test_no_argument_is_written_to():
 def test_calibration_by_hand():
     # margins 0.2 (right), -0.3 (wrong), 3 (right), 10 (right); a tie is no pair
     scores, ranks = [[0.2, 0.0], [0.0, 0.3], [3.0, 0.0, 0.0]], [[1, 2], [1, 2], [1, 2, 2]]
-    bins = reward.calibration([*scores, [-5.0, 5.0]], [*ranks, [2, 1]])
+    bins = report.calibration([*scores, [-5.0, 5.0]], [*ranks, [2, 1]])
     low, high = bins
     # sigmoid .2 = .5498, .3 = .5744, 3 = .9526, 10 = .99995
     assert low == (pytest.approx((0.54983 + 0.57444) / 2, abs=1e-4), 0.5, 2)
     assert high == (pytest.approx((2 * 0.95257 + 0.99995) / 3, abs=1e-4), 1.0, 3)
+
+
+def test_correlation_by_hand():
+    # deviations -1 0 1 and -2 1 1: 3 / sqrt(2 * 6)
+    assert report.correlation([[1.0, 2.0], [3.0]], [[1, 4], [4]]) == pytest.approx(3 / 12**0.5)
 
 
 def test_a_bag_of_words_learns_words_and_neither_order_nor_prompt():
@@ -187,13 +196,54 @@ def test_a_labeler_who_is_always_wrong_is_reported_as_such(monkeypatch):
         return [[toy.gold(row["prompt"], text) for text in row["responses"]] for row in rows]
 
     monkeypatch.setattr(reward, "score_all", rubric)
-    found = reward.report(None, comparisons, comparisons, codec, reward.Config())["pairs"]
+    model = ScalarModel(GPT(GPTConfig(codec.tokenizer.n_vocab, 256, 1, 1, 4)))
+    run = SimpleNamespace(config=reward.Config(), codec=codec)
+    found = reward.measure(model, comparisons, comparisons, run)["pairs"]
     assert found["labeler against the hidden rubric"][0] == 0
     assert found["reward model against the hidden rubric"][0] == 1
     assert found["reward model, held-out comparisons"][0] == 0
 
 
-# ---- the comparisons ----
+def test_probes_fit_into_a_small_context():
+    codec = Codec(get_tokenizer("toy"), "{prompt}\\n")
+    model = ScalarModel(GPT(GPTConfig(codec.tokenizer.n_vocab, 45, 1, 1, 4)))
+    run = SimpleNamespace(config=reward.Config(device="cpu"), codec=codec)
+    found = reward.probe(model, toy, run)
+    assert len(found) == len(toy.PROBES)
+    assert 0 < sum(n for _, _, n in found.values()) < 1200
+
+
+# ---- training and its comparisons ----
+
+
+@pytest.mark.parametrize("max_tokens, cuts", [(999, 1), (14, 2), (1, 4)])
+def test_a_step_follows_the_gradient_however_it_is_cut(max_tokens, cuts, monkeypatch, tmp_path):
+    """Each prompt weighs the same, but those with ties alone, which weigh nothing."""
+    ranks = [[1, 2, 2], [2, 2, 2], [2, 1, 3], [1, 1, 1]]
+    pairs = [([1 + b], [2 + b + k, EOS][-1 - k % 2 :]) for b in range(4) for k in range(3)]
+    comparisons = [
+        reward.Comparison({"ranks": r}, pairs[3 * b : 3 * b + 3]) for b, r in enumerate(ranks)
+    ]
+    model, count, score = ScalarModel(tiny_gpt()), [], ScalarModel.score
+    weights = list(model.parameters())
+    scores = model.score(pack([p for p, _ in pairs], [r for _, r in pairs]))
+    loss = ranking_loss(scores, tensor(ranks).flatten(), [3] * 4)
+    expected = torch.autograd.grad(loss, weights)
+    norm = sum(g.square().sum() for g in expected).sqrt().item()
+    before = [p.detach().clone() for p in weights]
+
+    monkeypatch.setattr(ScalarModel, "score", lambda *x: count.append(x) or score(*x))
+    config = reward.Config(device="cpu", max_tokens=max_tokens, epochs=1)
+    optimizer = torch.optim.SGD([{"params": weights, "peak_lr": 1.0}])
+    codec = Codec(get_tokenizer("toy"), "{prompt}")
+    run = Run("reward", config, tmp_path, model.gpt.config, codec, optimizer, model=model)
+    reward.train(run, comparisons)
+    assert len(count) == cuts
+    assert run.metrics[0]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert run.metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for own, old, gradient in zip(weights, before, expected, strict=True):
+        change = old - own.detach()
+        torch.testing.assert_close(change, gradient / max(1, norm), atol=1e-6, rtol=1e-5)
 
 
 def test_new_comparisons_come_before_the_merged_ones(tmp_path):
@@ -390,3 +440,54 @@ def test_end_of_text_starts_where_the_base_model_would_comment():
     (colon,) = codec.tokenizer.encode_ordinary(":")
     assert gpt.wte.weight[codec.eos].equal(before[colon])
     assert gpt.wte.weight[: codec.eos].equal(before[: codec.eos])  # end of text is the last token
+
+
+# ---- scoring a file, and what the command line excludes ----
+
+
+@pytest.fixture
+def scoring(tiny_base, tmp_path) -> reward.Config:
+    """A reward model of the toy world that nobody has trained, and a file of responses."""
+    torch.manual_seed(0)
+    model, codec = ScalarModel(GPT.load(tiny_base)), Codec.load(tiny_base)
+    folder, sizes = str(tmp_path / "reward"), model.gpt.config
+    optimizer = torch.optim.AdamW(model.parameters())
+    Run("reward", reward.Config(), folder, sizes, codec, optimizer, model=model).save()
+    rows = [{"prompt": "a", "responses": ["b", "c d"], "scores": [5, 1], "id": "x"}]
+    save_records(tmp_path / "in.jsonl", [*rows, {"prompt": "a", "response": "b", "ranks": 7}])
+    paths = {"score": str(tmp_path / "in.jsonl"), "out": str(tmp_path / "out.jsonl")}
+    return reward.Config(reward_model=folder, device="cpu", **paths)
+
+
+def test_a_scored_file_keeps_its_records(scoring):
+    reward.main(scoring)
+    rows = [json.loads(line) for line in open(scoring.out, encoding="utf-8")]
+    model, codec = ScalarModel.load(scoring.reward_model).eval(), Codec.load(scoring.reward_model)
+    pairs = [(codec.prompt("a"), codec.response(text)) for text in ("b", "c d")]
+    expected = model.score(pack(*map(list, zip(*pairs, strict=True)))).tolist()
+    assert rows[0].pop("scores") == pytest.approx(expected, abs=1e-6)
+    assert rows[1].pop("scores") == pytest.approx(expected[:1], abs=1e-6)
+    assert rows[0] == {"prompt": "a", "responses": ["b", "c d"], "id": "x"}
+    assert rows[1] == {"prompt": "a", "response": "b", "ranks": 7}
+
+
+@pytest.mark.parametrize("out", ["in.jsonl", "reward"])
+def test_scores_are_not_written_over_what_they_are_made_from(out, scoring, tmp_path):
+    before = (tmp_path / "in.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--out"):
+        reward.main(replace(scoring, out=str(tmp_path / out)))
+    assert (tmp_path / "in.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, needle",
+    [
+        ({"labeler": "human", "comparisons": "x.jsonl"}, "ranked already"),
+        ({"labeler": "gold", "prompts": "x.jsonl"}, "toy prompts only"),
+        ({"labeler": "file"}, "--comparisons <path>"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_one_line(flags, needle, tmp_path):
+    with pytest.raises(UserError, match=needle):
+        reward.ranked(reward.Config(out=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """The fine-tuning loss, that it does not depend on how a batch is cut, and what a run trains on."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from torch import tensor
 
 import sft
-from data.tokenizer import get_tokenizer
-from model import GPT, Codec, GPTConfig, Pair, Run, ScalarModel, fit, optimizer_step, pack
+from data.records import UserError, save_records
+from data.run import Run
+from data.tokenizer import Codec, Pair, get_tokenizer
+from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack
 from sft import sft_loss
 
 EOS = 0
@@ -102,72 +105,80 @@ def test_only_the_positions_that_decide_a_response_token_have_a_gradient():
     assert (gradient.abs().sum(1) > 0).nonzero()[:, 0].tolist() == decides
 
 
-def test_the_loss_of_a_batch_weighs_its_parts_by_their_tokens():
-    model = tiny_gpt()
+@pytest.mark.parametrize("max_tokens", [100, 12, 1])
+def test_the_held_out_loss_weighs_micro_batches_by_their_tokens(max_tokens):
+    model, pairs = tiny_gpt(), list(zip(PROMPTS, RESPONSES, strict=True))
     with torch.no_grad():
-        whole = sft_loss(model, pack(PROMPTS, RESPONSES))
-        parts = [
-            sft_loss(model, pack([p], [r])) * len(r)
-            for p, r in zip(PROMPTS, RESPONSES, strict=True)
-        ]
-    torch.testing.assert_close(sum(parts) / 9, whole, atol=1e-6, rtol=0)
+        whole = sft_loss(model, pack(PROMPTS, RESPONSES)).item()
+    config = sft.Config(device="cpu", max_tokens=max_tokens)
+    assert sft.mean_loss(model, pairs, config) == pytest.approx(whole, abs=1e-6)
 
 
-# ---- one optimiser step ----
+# ---- one step of training ----
 
 
-def step(model, cuts, clip=1e9):
-    """SGD at learning rate 1, so that the change is the gradient. Returns it, loss and norm."""
-    before = [p.detach().clone() for p in model.parameters()]
-    group = {"params": list(model.parameters()), "lr": 1.0, "peak_lr": 1.0}
-    batches = [pack(PROMPTS[i:j], RESPONSES[i:j]) for i, j in cuts]
-    losses = ((sft_loss(model, batch), int(batch.lengths.sum())) for batch in batches)
-    total = sum(int(batch.lengths.sum()) for batch in batches)
-    loss, norms = optimizer_step(torch.optim.SGD([group]), losses, total, clip=clip)
-    change = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
-    return change, loss, norms[0]
+@pytest.fixture
+def step(monkeypatch, tmp_path):
+    """The change of every weight, the loss, the norm and the number of micro-batches of a step of
+    SGD at learning rate 1 on all three responses: the change is the gradient."""
+
+    def run_one(max_tokens=100, clip=1e9):
+        model, count = tiny_gpt(), []
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 1.0}])
+        config = sft.Config(device="cpu", max_tokens=max_tokens)
+        codec = Codec(get_tokenizer("toy"), "{prompt}")
+        run = Run("sft", config, tmp_path, model.config, codec, optimizer, model=model)
+        loss = sft.sft_loss
+        monkeypatch.setattr(sft, "sft_loss", lambda *x: count.append(x) or loss(*x))
+        monkeypatch.setattr(sft, "clip_and_step", functools.partial(clip_and_step, clip=clip))
+        monkeypatch.setattr(sft, "mean_loss", lambda *_: 0.0)
+        monkeypatch.setattr(sft, "answer", lambda *_: [])
+        pairs = list(zip(PROMPTS, RESPONSES, strict=True))
+        metrics = sft.train(run, pairs[:1], pairs, epochs=1, batch_size=3, asked=[])
+        change = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+        monkeypatch.undo()
+        return change, metrics["loss"], metrics["grad_norm"], len(count)
+
+    return run_one
 
 
-@pytest.mark.parametrize("cuts", [[(0, 1), (1, 3)], [(0, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)]])
-def test_micro_batches_change_nothing(cuts):
-    """#39 microbatch_mean_of_means: responses of 3, 1 and 5 tokens, whole and cut."""
-    whole, whole_loss, whole_norm = step(tiny_gpt(), [(0, 3)])
-    parts, loss, norm = step(tiny_gpt(), cuts)
-    assert loss == pytest.approx(whole_loss, abs=1e-6)
-    assert norm == pytest.approx(whole_norm, rel=1e-5)
-    for own, other in zip(parts, whole, strict=True):
-        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
-
-
-def test_a_step_follows_the_gradient_of_the_loss():
+def test_a_step_follows_the_gradient_of_the_loss(step):
     model = tiny_gpt()
     loss = sft_loss(model, pack(PROMPTS, RESPONSES))
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    change, stepped_loss, norm = step(model, [(0, 3)])
-    assert stepped_loss == pytest.approx(loss.item(), abs=1e-6)
+    change, stepped_loss, norm, count = step()
+    assert count == 1 and stepped_loss == pytest.approx(loss.item(), abs=1e-6)
     assert norm == pytest.approx(sum(g.square().sum() for g in expected).sqrt().item(), rel=1e-5)
     for own, gradient in zip(change, expected, strict=True):
         torch.testing.assert_close(own, gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_the_gradient_of_all_micro_batches_is_clipped_as_one():
-    """#52."""
-    whole, _, norm = step(tiny_gpt(), [(0, 3)])
-    clipped, _, norm_before = step(tiny_gpt(), [(0, 1), (1, 3)], clip=norm / 2)
-    assert norm_before == pytest.approx(norm, rel=1e-5)
-    for own, other in zip(clipped, whole, strict=True):
-        torch.testing.assert_close(own, other / 2, atol=1e-6, rtol=1e-4)
+@pytest.mark.parametrize("max_tokens, cuts", [(15, 2), (12, 2), (1, 3)])
+def test_micro_batches_change_nothing(max_tokens, cuts, step):
+    """#39 microbatch_mean_of_means, #52: responses of 3, 1 and 5 tokens, whole and cut. All are
+    clipped as one."""
+    whole, whole_loss, whole_norm, _ = step()
+    for share in (1, 0.5):
+        parts, loss, norm, count = step(max_tokens, clip=share * whole_norm * (1 + 1e-6))
+        assert count == cuts and loss == pytest.approx(whole_loss, abs=1e-6)
+        assert norm == pytest.approx(whole_norm, rel=1e-5)
+        for own, other in zip(parts, whole, strict=True):
+            torch.testing.assert_close(own, other * share, atol=1e-6, rtol=1e-5)
 
 
 def test_a_response_ends_and_its_prompt_is_cut_from_the_left():
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     assert codec.response("The end.")[-1] == codec.eos not in codec.prompt("The end.")
     assert codec.text(codec.response("The end.")) == "The end."
-    assert fit([1, 2, 3, 4], [5, 6], 4) == ([3, 4], [5, 6])
-    assert fit([1, 2], [5, 6], 4) == ([1, 2], [5, 6])
+    prompt = codec.prompt("Tell me a story about a goose.")
+    assert codec.prompt("Tell me a story about a goose.", 4) == prompt[-4:]
+    assert codec.prompt("Tell me a story about a goose.", len(prompt)) == prompt
+    with pytest.raises(UserError, match="2 tokens too small"):
+        codec.prompt("Tell me a story about a goose.", -1)
 
 
-# ---- a run: 40 demonstrations, 4 pages mixed in, 4 of the 44 held out ----
+# ---- a run: 40 demonstrations, 4 pages mixed in, 4 of the 40 held out ----
 
 
 def fine_tuning(base: str, folder: Path, **flags) -> sft.Config:
@@ -201,8 +212,8 @@ def test_documents_are_mixed_in_by_the_demonstration(
 ):
     counts = []
 
-    def count(run: Run, pairs: list[Pair], *_) -> dict[str, float]:
-        counts.append(len(pairs))
+    def count(run: Run, held_out: list[Pair], training: list[Pair], *_) -> dict[str, float]:
+        counts.append(len(held_out) + len(training))
         return {"held_out_loss": 0.0}
 
     monkeypatch.setattr(sft, "train", count)
@@ -210,24 +221,46 @@ def test_documents_are_mixed_in_by_the_demonstration(
     assert counts == [pairs_in_all]
 
 
+def test_a_prompt_is_on_one_side_of_the_split(tiny_base, monkeypatch, tmp_path):
+    split = []
+    monkeypatch.setattr(sft, "train", lambda run, *x: split.extend(x[:2]) or {"held_out_loss": 0.0})
+    rows = [{"prompt": prompt, "response": "?"} for prompt in "abcdefghia"]
+    save_records(tmp_path / "rows.jsonl", rows)
+    sft.main(fine_tuning(tiny_base, tmp_path, demonstrations=str(tmp_path / "rows.jsonl")))
+    codec = Codec.load(tiny_base)
+    prompts = [sorted(codec.text(prompt).strip() for prompt, _ in pairs) for pairs in split]
+    assert prompts == [["a", "a"], list("bcdefghi")]
+    monkeypatch.undo()
+    save_records(tmp_path / "rows.jsonl", rows[:1])
+    with pytest.raises(UserError, match="none is left to train on"):
+        sft.main(fine_tuning(tiny_base, tmp_path, demonstrations=str(tmp_path / "rows.jsonl")))
+
+
 def test_every_step_draws_a_dropout_of_its_own(tiny_base, monkeypatch, tmp_path):
-    seeds, step = [], sft.optimizer_step
+    seeds = []
     monkeypatch.setattr(
-        sft, "optimizer_step", lambda *x: seeds.append(torch.initial_seed()) or step(*x)
+        sft, "clip_and_step", lambda *x: seeds.append(torch.initial_seed()) or clip_and_step(*x)
     )
     sft.main(fine_tuning(tiny_base, tmp_path, dropout=0.1))
     assert len(set(seeds)) == len(seeds) == 10  # two epochs of 40 pairs, 8 a step
 
 
-def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch):
-    gpt, codec = GPT.load(tiny_base), Codec.load(tiny_base)
+def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch, tmp_path, capsys):
+    gpt, codec, score = GPT.load(tiny_base), Codec.load(tiny_base), [0.0]
     monkeypatch.setattr(sft.ScalarModel, "load", lambda folder: ScalarModel(gpt))
-    selection = sft.Selection("", codec, sft.Config(device="cpu"))
-    for epoch, score in enumerate((0.1, 0.9, 0.5), start=1):
-        gpt.wpe.weight.data.fill_(epoch)
-        monkeypatch.setattr(
-            selection.reward_model, "score", lambda batch, score=score: tensor([score])
-        )
-        selection.judge(gpt, [([1, 2], [3])])
-    assert selection.load_best(gpt)["epoch"] == 2
-    assert (gpt.wpe.weight == 2).all()
+    monkeypatch.setattr(sft.ScalarModel, "score", lambda self, batch: tensor(score))
+    config = sft.Config(device="cpu", reward_model="here")
+    run = Run("sft", config, tmp_path, gpt.config, codec, adam([(gpt, 0.0)]), model=gpt)
+    scores = [0.1, 0.9, 0.5]
+    for epoch in run.steps(3):
+        gpt.wpe.weight.data.fill_(epoch + 1)
+        score[0] = scores[epoch]
+        run.log({"loss": 0.0})
+        sft.judge_epoch(run, [([1, 2], [3])])
+    losses = [line["held_out_loss"] for line in run.metrics]
+    assert [line["reward_score"] for line in run.metrics] == pytest.approx(scores)
+    sft.keep_best_epoch(run)
+    assert (gpt.wpe.weight == 2).all() and (GPT.load(tmp_path).wpe.weight == 2).all()
+    assert run.metrics[-1]["reward_score"] == pytest.approx(0.9)
+    assert run.metrics[-1]["held_out_loss"] == losses[1]
+    assert "best by reward score: epoch 2, score 0.900" in capsys.readouterr().out
