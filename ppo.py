@@ -4,67 +4,62 @@ The policy starts as the fine-tuned model. Every iteration it answers a batch of
 model scores each response, a penalty per token holds the policy near the fine-tuned model, and PPO
 (Schulman et al. 2017) raises the advantages that GAE (Schulman et al. 2016) reads off a value
 model, which starts as the reward model. Then all models answer prompts that none has seen, side by
-side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO without and with KL.
+side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO with and without KL.
 
     python ppo.py                              # train with and without the KL penalty, compare
-    python ppo.py --kl_coef 0.6 --no-ablation  # a tighter leash, and no second run
+    python ppo.py --kl_coef 0.6 --no-ablation  # a stronger penalty, and no second run
     python ppo.py --ptx_coef 1 --out out/ppo_ptx --no-ablation          # PPO-ptx
     python ppo.py --init out/ppo --reward_model out/reward2 --out out/ppo2  # iterate
     python ppo.py --compare out/ppo,out/ppo_ptx --out out/compare       # the comparison alone
     python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
     python ppo.py --reward mine.py:my_reward   # a Python function in the reward model's place
-    python ppo.py --check                      # is this set-up sound?
 """
 
 import copy
-import itertools
-import json
 import math
-import runpy
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from data import labeler, toy
+import data
+from data import processes, report
 from data.presets import PPO as PRESETS
+from data.processes import gather, generator, my_share, rank_key, shuffled
 from data.python_reward import RewardFunction
-from data.records import load_prompts, load_texts, printable, write_atomically
-from data.weights import is_hugging_face, refuse_not_finite
-from model import (
-    GPT,
-    Codec,
-    Pair,
+from data.records import UserError
+from data.run import (
+    Count,
+    Positive,
+    Rate,
     Run,
     RunConfig,
+    Share,
+    command,
+    load_checkpoint,
+    precision,
+)
+from data.tokenizer import Codec, Pair, documents
+from data.weights import check_finite, is_hugging_face
+from model import (
+    GPT,
+    Batch,
     ScalarModel,
     adam,
-    all_shares,
     batches,
-    budget,
-    command,
-    documents,
+    clip_and_step,
     generate,
-    generator,
-    load_checkpoint,
-    lock,
+    grouped,
     lr_schedule,
-    mean_and_interval,
-    my_place,
-    my_share,
-    optimizer_step,
-    placed,
-    precision,
-    rank_and_world,
-    resolve_device,
-    seed_of,
-    shuffled,
+    sampling_copy,
+    to_device,
     token_logprobs,
-    whole,
 )
 
 
@@ -74,41 +69,42 @@ class Config(RunConfig):
     sft: str = "out/sft"  # folder of the fine-tuned model: the policy's start and its reference
     init: str = ""  # folder of a policy to continue, in place of the fine-tuned model
     reward_model: str = "out/reward"  # folder of the reward model, where the value model starts
-    reward: str = ""  # path.py:function in its place; (texts, prompts) -> scores, lists of one size
+    reward: str = ""  # path.py:function(texts, prompts) -> scores, in place of the reward model
     trust: bool = False  # train even on a reward model that is not better than chance
-    base: str = "out/base"  # folder of the base model, for the comparison
+    base: str = "out/base"  # folder of the base model, for the comparison; or none
     prompts: str = "toy"  # toy, or a .jsonl file of prompts
-    iterations: int = 50  # rollouts, each followed by ppo_epochs passes over it
-    batch_size: int = 64  # prompts in a rollout (InstructGPT: 512)
-    minibatch_size: int = 32  # prompts in an optimiser step (InstructGPT: 64)
-    ppo_epochs: int = 4  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
-    lr: float = 6e-4  # peak learning rate of the policy
-    value_lr: float = 1e-3  # peak learning rate of the value model
-    warmup: int = 5  # iterations until the learning rates peak; then cosine to a tenth
-    kl_coef: float = 0.3  # weight of the KL penalty (InstructGPT's beta, there 0.02)
-    kl_target: float = 0.0  # nats a response: adapt kl_coef to reach this KL; 0 leaves it fixed
-    kl_horizon: int = 10000  # episodes in which an adaptive kl_coef changes by a factor e at most
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # GAE's lambda: 0 trusts the value model, 1 the observed returns
-    cliprange: float = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
-    cliprange_value: float = 0.2  # likewise for the value model's change
-    max_approx_kl: float = 0.0  # policy/approx_kl that ends an iteration's updates; 0: none does
-    temperature: float = 1.0  # of sampling, and of the log-probabilities that PPO compares
-    max_new_tokens: int = 80  # longest response
+    iterations: Count = 50  # rollouts, each followed by ppo_epochs passes over it
+    batch_size: Positive = 64  # prompts in a rollout (InstructGPT: 512)
+    minibatch_size: Positive = 32  # prompts in an optimiser step (InstructGPT: 64)
+    ppo_epochs: Positive = 4  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
+    lr: Rate = 6e-4  # peak learning rate of the policy
+    value_lr: Rate = 1e-3  # peak learning rate of the value model
+    warmup: Count = 5  # iterations until the learning rates peak; then cosine to a tenth
+    kl_coef: Rate = 0.3  # weight of the KL penalty (InstructGPT's beta, there 0.02)
+    kl_target: Rate = 0.0  # nats a response: adapt kl_coef to reach this KL; 0 leaves it fixed
+    kl_horizon: Positive = 10000  # episodes in which kl_coef changes by a factor of at most e^0.2
+    gamma: Share = 1.0  # discount per token
+    lam: Share = 0.95  # GAE's lambda: 0 trusts the value model, 1 the observed returns
+    cliprange: Rate = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
+    cliprange_value: Rate = 0.2  # likewise for the value model's change
+    max_approx_kl: Rate = (
+        0.0  # end an iteration's updates when policy/approx_kl exceeds this; 0: never
+    )
+    temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling, and of all log-probabilities
+    max_new_tokens: Positive = 80  # longest response
     missing_eos_score: float = -1.0  # the score of a response that does not end; nan keeps its own
     # variants
     value: str = "model"  # model: from the reward model; head: a linear layer on the policy
-    vf_coef: float = 0.1  # weight of the value loss if its head shares the policy's network
-    ema_decay: float = 0.9  # of the averaged policy, per iteration (InstructGPT: 0.992); 0: none
-    ptx_coef: float = 0.0  # weight of the pretraining loss: PPO-ptx (InstructGPT's gamma: 27.8)
-    ptx_ratio: float = 0.5  # documents per response in an optimiser step (InstructGPT: 8)
+    vf_coef: Rate = 0.1  # weight of the value loss if its head shares the policy's network
+    ema_decay: Share = 0.9  # of the averaged policy, per iteration (InstructGPT: 0.992); 0: none
+    ptx_coef: Rate = 0.0  # weight of the pretraining loss: PPO-ptx (InstructGPT's gamma: 27.8)
+    ptx_ratio: Rate = 0.5  # documents per response in an optimiser step (InstructGPT: 8)
     texts: str = "toy"  # the documents: toy, .txt, a folder of .txt, or .jsonl with {"text": ...}
     # the comparison
     ablation: bool = True  # also train without the KL penalty
-    check: bool = False  # train nothing: check these models, prompts, device and precision
     compare: str = ""  # folders of policies, with commas between them: compare, do not train
-    eval_prompts: int = 300  # held-out prompts of the comparison
-    judge: str = "gold"  # gold: the rubric, where there is one; human: and you, blind
+    eval_prompts: Annotated[int, 2, math.inf] = 300  # held-out prompts of the comparison
+    judge: str = "gold"  # gold: the rubric, where there is one; human: you rank the answers too
     split: str = "test"  # toy prompts of the comparison: test; dev while you tune
 
 
@@ -182,7 +178,7 @@ def value_loss(
 
 
 # --------------------------------------------------------------------------------------------------
-# An iteration: sample, score, penalise, update
+# An iteration: make a rollout, update
 
 
 @dataclass
@@ -198,45 +194,30 @@ class Models:
     @classmethod
     def load(cls, config: Config) -> "Models":
         """All networks where they start, in eval mode: there is no dropout anywhere in RL."""
-        device, codec = resolve_device(config.device), Codec.load(config.sft)
-        policy = GPT.load(config.init or config.sft).to(device).eval()
-        ref_policy = GPT.load(config.sft).to(device).eval()
-        reward_model = load_reward_model(config, codec)
-        torch.manual_seed(seed_of(config.seed, "head"))
-        if config.value == "head":
-            if config.shard:
-                raise ValueError("--shard needs --value model: a head of the policy's own is whole")
-            value_model = ScalarModel(policy, shared=True).to(device).eval()
-        elif isinstance(reward_model, ScalarModel):
-            value_model = copy.deepcopy(reward_model)
+        if config.value == "head" and config.shard:
+            raise UserError("--shard needs --value model: a head of the policy's own is whole")
+        codec, policy = Codec.load(config.sft), GPT.load(config.init or config.sft)
+        torch.manual_seed(processes.seed_of(config.seed, "head"))
+        if config.value == "head" or config.reward:
+            value_model = ScalarModel(policy, shared=config.value == "head")
         else:
-            value_model = ScalarModel(policy).to(device).eval()
-        average = copy.deepcopy(policy)
-        texts = pretraining_texts(config) if config.ptx_coef else []
-        pairs = documents(texts, codec, policy.config.block_size)
-        for model in (policy, ref_policy, reward_model, value_model, average):
-            if isinstance(model, nn.Module):
-                placed(model, config)
-        return cls(policy, ref_policy, reward_model, value_model, average, codec, pairs)
+            value_model = ScalarModel.load(config.reward_model)
+        networks = {"ref_policy": GPT.load(config.sft), "average": copy.deepcopy(policy)}
+        networks |= {"policy": policy, "value_model": value_model}
+        networks = {name: to_device(m, config).eval() for name, m in networks.items()}
+        texts = data.texts(config.texts, 4000, config.seed) if config.ptx_coef else []
+        return cls(
+            reward_model=load_reward_model(config, codec),
+            codec=codec,
+            documents=documents(texts, codec, policy.config.block_size),
+            **networks,
+        )
 
 
 def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunction:
     if config.reward:
         return RewardFunction(config.reward, codec)
-    return ScalarModel.load(config.reward_model).to(resolve_device(config.device)).eval()
-
-
-@dataclass
-class Penalty:
-    """The KL coefficient in force; part of the checkpoint, since it may adapt."""
-
-    kl_coef: float
-
-    def state_dict(self) -> dict[str, float]:
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.kl_coef = state["kl_coef"]
+    return to_device(ScalarModel.load(config.reward_model), config).eval()
 
 
 @dataclass
@@ -254,147 +235,138 @@ class Rollout:
     advantages: Tensor
     returns: Tensor
 
+    def select(self, chosen: list[int]) -> "Rollout":
+        """The same about the chosen responses alone, in this order."""
+        ends = self.lengths.cumsum(0).tolist()
+        tokens = [t for b in chosen for t in range(ends[b] - int(self.lengths[b]), ends[b])]
+
+        def pick(x: list | Tensor) -> list | Tensor:
+            if isinstance(x, list):
+                return [x[b] for b in chosen]
+            return x[chosen if len(x) == len(self.prompts) else tokens]
+
+        return Rollout(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
+
+    def micro_batches(self, chosen: list[int], config: Config) -> Iterator[tuple[Batch, "Rollout"]]:
+        """The chosen responses, at most config.max_tokens tokens at a time."""
+        pairs = [[(self.prompts[b], self.responses[b])] for b in chosen]
+        for part, batch in grouped(pairs, config):
+            yield batch, self.select([chosen[i] for i in part])
+
 
 @torch.no_grad()
-def sample_and_score(
-    models: Models,
-    prompts: list[list[int]],
-    config: Config,
-    kl_coef: float,
-    seed: torch.Generator,
+def make_rollout(
+    models: Models, prompts: list[list[int]], config: Config, kl_coef: float, seed: torch.Generator
 ) -> Rollout:
+    """Samples a response to every prompt, and computes what the update needs."""
+    # 1. sample; every process takes its share of the prompts
     mine, eos = my_share(prompts), models.codec.eos
     limits = (config.max_new_tokens, eos, config.temperature)
     sampled = generate(models.policy, mine, *limits, generator=seed)
-    responses, columns = of_all(sampled, score(models, mine, sampled, config))
-    lengths, scores, logprobs, ref_logprobs, values = columns
-    known = {"scores": scores, "log pi": logprobs, "log pi_ref": ref_logprobs, "values": values}
-    refuse_not_finite("of the sampled responses", known)
-    ended = torch.tensor([float(r[-1] == eos) for r in responses], device=scores.device)
+
+    # 2. score, by the forward pass that also trains, so that the first ratio is exactly 1
+    found = defaultdict(list)
+    for batch in batches(mine, sampled, config):
+        found["lengths"].append(batch.lengths)
+        found["scores"].append(models.reward_model.score(batch))
+        found["old_values"].append(models.value_model.values(batch))
+        for name, model in (("old", models.policy), ("ref", models.ref_policy)):
+            found[f"{name}_logprobs"].append(token_logprobs(model, batch, config.temperature)[0])
+
+    # 3. gather: every process knows the whole rollout
+    device = found["scores"][0].device
+    shares = gather((sampled, {name: torch.cat(parts).cpu() for name, parts in found.items()}))
+    responses = [tokens for share, _ in shares for tokens in share]
+    known = {name: torch.cat([x[name] for _, x in shares]).to(device) for name in found}
+    check_finite("sampled responses:", known)
+
+    # 4. a response that does not end gets a score of its own
+    ended = torch.tensor([float(r[-1] == eos) for r in responses], device=device)
     if not math.isnan(config.missing_eos_score):
-        scores = torch.where(ended == 1, scores, config.missing_eos_score)
-    rewards = kl_penalised_rewards(scores, logprobs, ref_logprobs, lengths, kl_coef)
-    advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
-    known = (lengths, ended, scores, logprobs, ref_logprobs, values, whiten(advantages), returns)
-    return Rollout(prompts, responses, *known)
+        known["scores"] = torch.where(ended == 1, known["scores"], config.missing_eos_score)
 
+    # 5. rewards
+    lengths, logprobs, ref_logprobs = known["lengths"], known["old_logprobs"], known["ref_logprobs"]
+    rewards = kl_penalised_rewards(known["scores"], logprobs, ref_logprobs, lengths, kl_coef)
 
-def score(
-    models: Models, prompts: list[list[int]], responses: list[list[int]], config: Config
-) -> list[Tensor]:
-    """Lengths and scores (B,); log pi, log pi_ref and values (N,), before the first update.
-
-    By the forward pass that also trains, so that the first ratio is exactly 1.
-    """
-    parts = []
-    for batch in batches(prompts, responses, config):
-        logprobs, _ = token_logprobs(models.policy, batch, config.temperature)
-        ref_logprobs, _ = token_logprobs(models.ref_policy, batch, config.temperature)
-        values, scores = models.value_model.values(batch), models.reward_model.score(batch)
-        parts.append((batch.lengths, scores, logprobs, ref_logprobs, values))
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-
-def of_all(
-    responses: list[list[int]], columns: list[Tensor]
-) -> tuple[list[list[int]], list[Tensor]]:
-    """The responses of all processes and what is known about them, in order."""
-    shares, device = all_shares((responses, [x.cpu() for x in columns])), columns[0].device
-    together = zip(*(share for _, share in shares), strict=True)
-    return [tokens for share, _ in shares for tokens in share], [
-        torch.cat(column).to(device) for column in together
-    ]
+    # 6. advantages and returns
+    advantages, returns = gae(rewards, known["old_values"], lengths, config.gamma, config.lam)
+    known |= {"ended": ended, "advantages": whiten(advantages), "returns": returns}
+    return Rollout(prompts=prompts, responses=responses, **known)
 
 
 def update(
-    models: Models,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    config: Config,
-    lr: float,
-    seed: tuple[int | str, ...],
+    models: Models, optimizer: Optimizer, rollout: Rollout, config: Config, lr: float, key: tuple
 ) -> dict[str, float]:
     """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics."""
-    columns = (rollout.old_logprobs, rollout.advantages, rollout.old_values, rollout.returns)
-    known = torch.stack(columns, dim=1).split(rollout.lengths.tolist())  # B times (L, 4)
     stats: dict[str, list[float]] = defaultdict(list)
+    # Adam is scale-invariant, so a weight between losses that share no parameter hardly matters
+    vf_coef = config.vf_coef if config.value == "head" else 1.0
     for epoch in range(config.ppo_epochs):
-        order = shuffled(range(len(known)), *seed, epoch)
+        order = shuffled(range(len(rollout.prompts)), *key, epoch)
         for i in range(0, len(order), config.minibatch_size):
             chosen = order[i : i + config.minibatch_size]
-            total = sum(len(known[b]) for b in chosen)
-            losses = minibatch_losses(models, rollout, known, my_share(chosen), config, stats)
+            total, loss = int(rollout.lengths[chosen].sum()), 0.0
+            for batch, old in rollout.micro_batches(my_share(chosen), config):
+                n = len(batch.decided_at)
+                logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
+                pg_loss = policy_loss(logprobs, old.old_logprobs, old.advantages, config.cliprange)
+                (pg_loss * (n / total)).backward()  # frees the policy's graph before the value pass
+                values = models.value_model.values(batch)
+                vf_loss = value_loss(values, old.old_values, old.returns, config.cliprange_value)
+                (vf_coef * vf_loss * (n / total)).backward()
+                if n:  # a sharded pass may be empty
+                    loss += (pg_loss + vf_coef * vf_loss).item() * n / total
+                    found = {"policy/loss": pg_loss, "value/loss": vf_loss}
+                    found |= ratio_statistics(logprobs, old.old_logprobs, config.cliprange)
+                    for name, x in (found | {"policy/entropy": entropy.mean()}).items():
+                        stats[name].append(x.item())
             if config.ptx_coef:
                 n = math.ceil(config.ptx_ratio * len(chosen))
-                drawn = shuffled(models.documents, *seed, epoch, i, "ptx")[:n]
-                ptx = ptx_losses(models.policy, drawn, total, config, stats)
-                losses = itertools.chain(losses, ptx)
-            _, norms = optimizer_step(optimizer, losses, total, lr)
+                drawn = shuffled(models.documents, *key, epoch, i, "ptx")[:n]
+                stats["ptx/loss"] += add_ptx_gradient(models.policy, drawn, config)
+            _, norms = clip_and_step(optimizer, loss, lr)
             stats["grad_norm"].append(norms[0])
             stats["value/grad_norm"].append(norms[1])
-            latest = {"approx_kl": stats["policy/approx_kl"][-1:]}
-            if config.max_approx_kl and means(latest)["approx_kl"] > config.max_approx_kl:
-                return means(stats)
-    return means(stats)
+            if config.max_approx_kl:
+                latest = {"approx_kl": stats["policy/approx_kl"][-1:]}
+                if mean_across_ranks(latest)["approx_kl"] > config.max_approx_kl:
+                    return mean_across_ranks(stats)
+    return mean_across_ranks(stats)
 
 
-def means(stats: dict[str, list[float]]) -> dict[str, float]:
-    """Of all processes."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for share in all_shares(stats):
-        for name, values in share.items():
-            found[name] += values
-    return {name: sum(values) / len(values) for name, values in found.items()}
+@torch.no_grad()
+def ratio_statistics(logprobs: Tensor, old_logprobs: Tensor, cliprange: float) -> dict[str, Tensor]:
+    """The k3 estimate of KL(old, new) (Schulman 2020), and the share of ratios that are clipped."""
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    return {
+        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
+        "policy/clipfrac": ((ratio - 1).abs() > cliprange).float().mean(),
+    }
 
 
-def minibatch_losses(
-    models: Models,
-    rollout: Rollout,
-    known: tuple[Tensor, ...],
-    chosen: list[int],
-    config: Config,
-    stats: dict[str, list[float]],
-) -> Iterator[tuple[Tensor, int]]:
-    """The losses of each micro-batch of the chosen responses, and its number of tokens."""
-    prompts, responses = ([x[b] for b in chosen] for x in (rollout.prompts, rollout.responses))
-    rows, at = torch.cat([known[b] for b in chosen] or [known[0][:0]]), 0  # (n, 4)
-    # no weight between two losses that share no parameter: Adam would take it out again
-    vf_coef = config.vf_coef if config.value == "head" else 1.0
-    for batch in batches(prompts, responses, config):
-        n = len(batch.where)
-        old_logprobs, advantages, old_values, returns = rows[at : at + n].unbind(1)
-        logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
-        policy = policy_loss(logprobs, old_logprobs, advantages, config.cliprange)
-        yield policy, n  # its activations are gone before those of the value model arise
-        values = models.value_model.values(batch)
-        value = value_loss(values, old_values, returns, config.cliprange_value)
-        yield vf_coef * value, n
-        log_ratio = (logprobs - old_logprobs).detach()
-        ratio = log_ratio.exp()
-        for name, x in (
-            ("policy/loss", policy),
-            ("policy/approx_kl", (ratio - 1 - log_ratio).mean()),  # k3 (Schulman 2020)
-            ("policy/clipfrac", ((ratio - 1).abs() > config.cliprange).float().mean()),
-            ("policy/entropy", entropy.mean()),
-            ("value/loss", value),
-        ):
-            stats[name] += [x.item()] if n else []
-        at += n
+def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[float]:
+    """Adds the gradient of ptx_coef times the mean loss on documents; returns their losses.
 
-
-def ptx_losses(
-    policy: GPT, drawn: list[Pair], total: int, config: Config, stats: dict[str, list[float]]
-) -> Iterator[tuple[Tensor, int]]:
-    """PPO-ptx: ptx_coef times the mean loss on documents (InstructGPT, equation 2, last term).
-
-    optimizer_step weighs a loss over n tokens by n / total, the responses' tokens; hence the ratio.
+    PPO-ptx: the last term of InstructGPT's equation 2.
     """
-    scale = config.ptx_coef * total / sum(len(rest) for _, rest in drawn)
-    first, rest = ([pair[i] for pair in my_share(drawn)] for i in (0, 1))
-    for batch in batches(first, rest, config):
-        loss, n = -token_logprobs(policy, batch)[0].mean(), len(batch.where)
-        stats["ptx/loss"] += [loss.item()] if n else []
-        yield scale * loss, n
+    total, mine, losses = sum(len(rest) for _, rest in drawn), my_share(drawn), []
+    for batch in batches([first for first, _ in mine], [rest for _, rest in mine], config):
+        n = len(batch.decided_at)
+        loss = -token_logprobs(policy, batch)[0].mean()
+        (config.ptx_coef * loss * (n / total)).backward()
+        losses += [loss.item()] if n else []
+    return losses
+
+
+def mean_across_ranks(stats: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of what all processes have noted, by name."""
+    noted: dict[str, list[float]] = defaultdict(list)
+    for share in gather(stats):
+        for name, values in share.items():
+            noted[name] += values
+    return {name: sum(values) / len(values) for name, values in noted.items()}
 
 
 @torch.no_grad()
@@ -406,62 +378,61 @@ def update_average(average: GPT, policy: GPT, decay: float) -> None:
 
 def train(config: Config) -> dict[str, GPT]:
     """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
-    if config.batch_size < rank_and_world()[1]:
-        raise ValueError(f"--batch_size {config.batch_size} is less than a prompt for each process")
-    models = Models.load(config)
+    if config.batch_size < processes.rank_and_world()[1]:
+        raise UserError(f"--batch_size {config.batch_size} is less than a prompt for each process")
     if not config.reward and not config.trust:
-        refuse_chance(config.reward_model)
+        check_reward_model(config.reward_model)
+    models = Models.load(config)
     policy, value_model, codec = models.policy, models.value_model, models.codec
-    new = value_model.head if config.value == "head" else value_model
-    optimizer = adam([(policy, config.lr), (new, config.value_lr)])
-    penalty = Penalty(config.kl_coef)
-    state = {"model": policy, "value_model": value_model, "optimizer": optimizer}
-    state |= {"penalty": penalty, "average": models.average}
-    run = Run("ppo", config, config.out, policy.config, codec, **state)
-    rows, length = min(config.batch_size, 256), policy.config.block_size
-    print(f"ppo: {budget(vars(models), optimizer, rows, length)}")
-    texts = training_prompts(config)
+    trained = value_model.head if config.value == "head" else value_model
+    optimizer = adam([(policy, config.lr), (trained, config.value_lr)])
+    modules = {"model": policy, "value_model": value_model, "average": models.average}
+    run = Run("ppo", config, config.out, policy.config, codec, optimizer, **modules)
+    kl_coef = run.extra.setdefault("kl_coef", config.kl_coef)
+    B, n, world = config.batch_size, config.eval_prompts, data.rubric(config.prompts)
+    texts = data.prompts(config.prompts, config.iterations * B, config.seed + 1, held_out=n)
+    room = policy.config.block_size - config.max_new_tokens
     for step in run.steps(config.iterations):
-        start, seed = time.time(), (config.seed, "ppo", step)
-        first = step * config.batch_size
-        asked = [texts[i % len(texts)] for i in range(first, first + config.batch_size)]
-        prompts = encode_prompts(asked, codec, config, policy.config.block_size)
-        place = generator(*my_place(*seed))
-        rollout = sample_and_score(models, prompts, config, penalty.kl_coef, place)
+        start, key = time.time(), (config.seed, "ppo", step)
+        asked = [texts[i % len(texts)] for i in range(step * B, (step + 1) * B)]
+        prompts = [codec.prompt(text, room) for text in asked]
+        rollout = make_rollout(models, prompts, config, kl_coef, generator(*rank_key(*key)))
         lr = lr_schedule(step, config.iterations, config.warmup)
-        metrics = summary(rollout, penalty.kl_coef)
-        metrics |= update(models, optimizer, rollout, config, lr, seed)
+        metrics = summary(rollout, kl_coef)
+        metrics |= update(models, optimizer, rollout, config, lr, key)
         update_average(models.average, policy, config.ema_decay)
-        metrics |= {"lr": lr * config.lr, "kl_coef": penalty.kl_coef}
+        metrics |= {"lr": lr * config.lr, "kl_coef": kl_coef}
         if config.kl_target:
-            kl, n = metrics["objective/kl"], len(prompts)
-            penalty.kl_coef = adapt_kl_coef(
-                penalty.kl_coef, kl, n, config.kl_target, config.kl_horizon
-            )
+            kl, target, horizon = metrics["objective/kl"], config.kl_target, config.kl_horizon
+            kl_coef = run.extra["kl_coef"] = adapt_kl_coef(kl_coef, kl, B, target, horizon)
         metrics["tokens_per_second"] = len(rollout.returns) / (time.time() - start)
         answers = [codec.text(tokens) for tokens in rollout.responses]
-        if config.prompts == "toy":  # the hidden rubric: for the reader, no model sees it
-            pairs = zip(asked, answers, strict=True)
-            metrics["objective/gold"] = sum(toy.gold(*pair) for pair in pairs) / len(asked)
-        shown = [f"objective/{x}" for x in ("score", "gold", "kl", "length", "eos_rate")]
-        run.log(metrics, shown=[*shown, "tokens_per_second"])
+        if world:  # the hidden rubric: for the reader, no model sees it
+            gold = [world.gold(*pair) for pair in zip(asked, answers, strict=True)]
+            metrics["objective/gold"] = sum(gold) / len(gold)
+        run.log(metrics, shown=[f"objective/{x}" for x in ("score", "gold", "kl", "length")])
         if step % 10 == 0 or step == config.iterations - 1:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
-    name = run.folder.name
-    averages = {f"{name}_ema": whole(models.average)} if config.ema_decay else {}
-    return {name: whole(policy)} | averages
+    trained = {run.folder.name: policy}
+    if config.ema_decay:
+        trained[f"{run.folder.name}_ema"] = models.average
+    return {name: sampling_copy(model, torch.float32) for name, model in trained.items()}
 
 
-def refuse_chance(folder: str) -> None:
-    """ValueError for a reward model in mid-training, or one that is not better than chance."""
-    report = load_checkpoint(folder)["metrics"]
-    if "accuracy" not in report:
-        raise ValueError(f"{folder} is not trained to its end; continue with reward.py --resume")
-    if report["accuracy"] - report["accuracy_ci"] <= 0.5:
-        raise ValueError(
-            f"{folder} orders {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f} of held-out "
-            "pairs, no better than chance; train it on more comparisons, or --trust it"
+def check_reward_model(folder: str) -> None:
+    """UserError for a reward model in mid-training, or one that is not better than chance."""
+    saved = load_checkpoint(folder)
+    if saved["stage"] != "reward":
+        raise UserError(f"{folder} is a checkpoint of {saved['stage']}, not a reward model")
+    last = [{}, *saved["metrics"]][-1]
+    if not {"accuracy", "accuracy_ci"} <= last.keys():
+        raise UserError(f"{folder} is not trained to its end; continue with reward.py --resume")
+    accuracy, half_width = last["accuracy"], last["accuracy_ci"]
+    if accuracy - half_width <= 0.5:
+        raise UserError(
+            f"{folder} orders {accuracy:.3f} ± {half_width:.3f} of held-out pairs, no better than "
+            "chance; train it on more comparisons, or --trust it"
         )
 
 
@@ -483,290 +454,130 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
-def pretraining_texts(config: Config) -> list[str]:
-    return toy.pages(4000, config.seed) if config.texts == "toy" else load_texts(config.texts)
-
-
-def training_prompts(config: Config) -> list[str]:
-    """Prompts of the policy's training; a file's last eval_prompts rows are held out."""
-    if config.prompts == "toy":
-        rows = toy.prompts(config.iterations * config.batch_size, config.seed + 1)
-    else:
-        rows = load_prompts(config.prompts)[: -config.eval_prompts]
-        if not rows:
-            raise ValueError(
-                f"{config.prompts} has no more than the {config.eval_prompts} prompts that are "
-                "held out; lower --eval_prompts"
-            )
-    return [row["prompt"] for row in rows]
-
-
-def encode_prompts(
-    texts: list[str], codec: Codec, config: Config, block_size: int
-) -> list[list[int]]:
-    """The prompts in their template, cut from the left where no response would fit behind them."""
-    room = block_size - config.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"--max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a context of "
-            f"{block_size} tokens; lower it"
-        )
-    return [codec.prompt(text)[-room:] for text in texts]
-
-
 # --------------------------------------------------------------------------------------------------
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
-MEASURES = ("gold", "win_rate", "human_win_rate", "score", "kl", "length", "eos_rate", "repetition")
-PARTS = tuple(f"gold/{part}" for part in toy.PARTS)
+CHOICES = {"value": ("model", "head"), "judge": ("gold", "human"), "split": ("test", "dev")}
+Tokens = list[list[int]]
 
 
-@dataclass
-class Contest:
-    """The held-out prompts, and the judges of every answer to them."""
-
-    asked: list[str]
-    prompts: list[list[int]]
-    sft: GPT
-    reward_model: ScalarModel | RewardFunction
-    codec: Codec
-    config: Config
-
-    def answers(
-        self,
-        model: GPT,
-        prompts: list[list[int]] | None = None,
-        temperature: float | None = None,
-    ) -> list[list[int]]:
-        """The model's responses, to these prompts if not to the held-out ones.
-
-        All models draw with the same random numbers, which narrows the differences between them.
-        """
-        seed = generator(self.config.seed, "compare")
-        if temperature is None:
-            temperature = self.config.temperature
-        limits = (self.config.max_new_tokens, self.codec.eos, temperature)
-        asked = prompts or self.prompts
-        return generate(model, asked, *limits, generator=seed, title="answers to compare")
-
-    def scores(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-        scores = [self.reward_model.score(b) for b in batches(prompts, responses, self.config)]
-        return torch.cat(scores).tolist()
-
-    def kl(self, model: GPT, responses: list[list[int]]) -> list[float]:
-        """Per response, the sum of log pi - log pi_sft: nats, KL(pi, pi_sft) on average."""
-        sums: list[float] = []
-        for batch in batches(self.prompts, responses, self.config):
-            logprobs, _ = token_logprobs(model, batch, self.config.temperature)
-            ref_logprobs, _ = token_logprobs(self.sft, batch, self.config.temperature)
-            parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
-            sums += [part.sum().item() for part in parts]
-        return sums
-
-    def gold(self, responses: list[list[int]]) -> list[float]:
-        """Points of the hidden rubric; empty where there is none."""
-        if self.config.prompts != "toy":
-            return []
-        texts = [self.codec.text(tokens) for tokens in responses]
-        return [toy.gold(*pair) for pair in zip(self.asked, texts, strict=True)]
-
-    def best_of_n(self) -> tuple[list[list[int]], list[dict]]:
-        """Of BEST_OF answers by the fine-tuned model, the one the reward model scores highest.
-
-        Also the curve over n = 1, 2, 4, ... of the best among the first n: KL, score and gold.
-        """
-        prompts = [prompt for prompt in self.prompts for _ in range(BEST_OF)]
-        responses = self.answers(self.sft, prompts)
-        scores = torch.tensor(self.scores(prompts, responses)).view(-1, BEST_OF)
-        curve, best = [], []
-        for n in (2**i for i in range(BEST_OF.bit_length())):
-            top = scores[:, :n].max(1)
-            best = [responses[p * BEST_OF + i] for p, i in enumerate(top.indices.tolist())]
-            gold = self.gold(best)
-            curve.append({
-                "n": n,
-                "kl": best_of_n_kl(n),
-                "score": top.values.mean().item(),
-                "gold": sum(gold) / len(gold) if gold else None,
-            })  # fmt: skip
-        return best, curve
-
-    def prompted(self, base: GPT) -> list[list[int]]:
-        """The base model's continuation of a page with two worked examples, up to a line break."""
-        encode, room = self.codec.tokenizer.encode_ordinary, base.config.block_size
-        room -= self.config.max_new_tokens
-        prompts = [encode(toy.few_shot(text))[-room:] for text in self.asked]
-        answers = []
-        for tokens in self.answers(base, prompts):
-            text, ended = self.codec.text(tokens), tokens[-1] == self.codec.eos
-            response = self.codec.response(toy.cut_answer(text))
-            answers.append(response if ended or "\n" in text.strip() else response[:-1] or tokens)
-        return answers
+def sample(
+    model: GPT, prompts: Tokens, codec: Codec, config: Config, temperature: float | None = None
+) -> Tokens:
+    """A model's responses. All models draw with the same random numbers: differences are paired."""
+    temperature = config.temperature if temperature is None else temperature
+    limits = (config.max_new_tokens, codec.eos, temperature)
+    seed = generator(config.seed, "compare")
+    return generate(model, prompts, *limits, generator=seed, title="answers to compare")
 
 
-def evaluate(
-    contest: Contest, name: str, responses: list[list[int]], model: GPT | None, rival: list[float]
-) -> tuple[dict, list[float]]:
-    """A row of results.json and the gold scores; win_rate is against the rival's, a tie half."""
-    measured: dict[str, list[float]] = {
-        "score": contest.scores(contest.prompts, responses),
-        "length": [len(tokens) for tokens in responses],
-        "eos_rate": [tokens[-1] == contest.codec.eos for tokens in responses],
-        "repetition": [repetition(tokens) for tokens in responses],
-    }
-    if model is not None:
-        measured["kl"] = contest.kl(model, responses)
-    gold = contest.gold(responses)
-    if gold:
-        texts = [contest.codec.text(tokens) for tokens in responses]
-        parts = [toy.gold_parts(*pair) for pair in zip(contest.asked, texts, strict=True)]
-        measured |= {"gold": gold} | {f"gold/{k}": [p[k] for p in parts] for k in toy.PARTS}
-    if rival:
-        pairs = zip(gold, rival, strict=True)
-        measured["win_rate"] = [(own > other) / 2 + (own >= other) / 2 for own, other in pairs]
-    row: dict = {"model": name}
-    for key in (*MEASURES, *PARTS):
-        row[key], row[f"{key}_ci"] = None, None
-        if key in measured:
-            row[key], row[f"{key}_ci"] = mean_and_interval(measured[key])
-    row["distinct_2"] = distinct(responses)
-    row["pretraining_loss"] = model and pretraining_loss(model, contest.codec, contest.config)
-    return row, gold
+def few_shot_answers(base: GPT, texts: list[str], codec: Codec, config: Config) -> Tokens:
+    """The base model's continuation of a page with two worked examples, up to a line break."""
+    world, room = data.rubric(config.prompts), base.config.block_size - config.max_new_tokens
+    plain, answers = Codec(codec.tokenizer, "{prompt}"), []
+    pages = [plain.prompt(world.few_shot(text), room) for text in texts]
+    for tokens in sample(base, pages, codec, config):
+        text, ended = codec.text(tokens), tokens[-1] == codec.eos
+        response = codec.response(world.cut_answer(text))
+        answers.append(response if ended or "\n" in text.strip() else response[:-1] or tokens)
+    return answers
 
 
-def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n: an upper bound in nats (Stiennon et al. 2020, appendix G.3)."""
-    return math.log(n) - (n - 1) / n
+def score(
+    reward_model: ScalarModel | RewardFunction, prompts: Tokens, responses: Tokens, config: Config
+) -> list[float]:
+    return torch.cat([reward_model.score(b) for b in batches(prompts, responses, config)]).tolist()
 
 
-def bigrams(tokens: list[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(tokens))
-
-
-def repetition(tokens: list[int]) -> float:
-    """The share of a response's pairs of neighbouring tokens that stood in it before."""
-    pairs = bigrams(tokens)
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def distinct(responses: list[list[int]]) -> float:
-    """Distinct-2 (Li et al. 2016): different pairs of neighbouring tokens in all, per pair."""
-    pairs = [pair for tokens in responses for pair in bigrams(tokens)]
-    return len(set(pairs)) / max(1, len(pairs))
+def kl_from(
+    ref_policy: GPT, model: GPT, prompts: Tokens, responses: Tokens, config: Config
+) -> list[float]:
+    """Per response, the sum of log pi - log pi_ref: nats, KL(pi, pi_ref) on average."""
+    sums: list[float] = []
+    for batch in batches(prompts, responses, config):
+        logprobs, _ = token_logprobs(model, batch, config.temperature)
+        ref_logprobs, _ = token_logprobs(ref_policy, batch, config.temperature)
+        parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
+        sums += [part.sum().item() for part in parts]
+    return sums
 
 
 def pretraining_loss(model: GPT, codec: Codec, config: Config) -> float | None:
-    """Nats per token of toy documents that pretraining has not seen."""
-    if config.prompts != "toy":
+    """Nats per token of documents that pretraining has not seen, where the world has some."""
+    if (world := data.rubric(config.prompts)) is None:
         return None
-    pages = [codec.response(page)[: model.config.block_size] for page in toy.pages(300, -1)]
+    pages = [codec.response(page)[: model.config.block_size] for page in world.pages(300, -1)]
     sequences = batches([page[:1] for page in pages], [page[1:] for page in pages], config)
     return -torch.cat([token_logprobs(model, batch)[0] for batch in sequences]).mean().item()
 
 
-def held_out(config: Config) -> list[str]:
-    if config.prompts == "toy":
-        rows = toy.prompts(config.eval_prompts, config.seed, config.split)
-    else:
-        rows = load_prompts(config.prompts)[-config.eval_prompts :]
-    return [row["prompt"] for row in rows]
+def load_base(config: Config, codec: Codec) -> GPT | None:
+    """The base model, if there is one. UserError if it does not have the policy's vocabulary."""
+    if not (Path(config.base).exists() or is_hugging_face(config.base)):
+        return None
+    base = GPT.load(config.base)
+    if (found := base.config.vocab_size) != (needed := codec.tokenizer.n_vocab):
+        raise UserError(
+            f"--base {config.base} has {found} tokens and --sft {config.sft} has {needed}; name "
+            "the model that was fine-tuned, or --base none"
+        )
+    return base
 
 
 @torch.no_grad()
 def compare(config: Config, policies: dict[str, GPT], started: float) -> list[dict]:
     """Prints the table, writes results.json and comparison.txt, and returns the table's rows."""
-    device, codec, asked = resolve_device(config.device), Codec.load(config.sft), held_out(config)
-    sft = GPT.load(config.sft).to(device).eval()
-    reward_model = load_reward_model(config, codec)
-    prompts = encode_prompts(asked, codec, config, sft.config.block_size)
-    contest = Contest(asked, prompts, sft, reward_model, codec, config)
-    answers: dict[str, tuple[list[list[int]], GPT | None]] = {}
-    if Path(config.base).exists() or is_hugging_face(config.base):
-        base = GPT.load(config.base).to(device).eval()
-        answers["base"] = contest.answers(base), base
-        if config.prompts == "toy":
-            answers["prompted"] = contest.prompted(base), None
-    answers["sft"] = contest.answers(sft), sft
-    answers["sft_greedy"] = contest.answers(sft, temperature=0), None
-    best, curve = contest.best_of_n()
-    answers[f"best_of_{BEST_OF}"] = best, None
-    answers |= {name: (contest.answers(model), model) for name, model in policies.items()}
-    # the fine-tuned model first: its gold scores are what the others' win rates are against
-    sft_row, rival = evaluate(contest, "sft", *answers["sft"], [])
-    rows = []
+    codec, sft = Codec.load(config.sft), to_device(GPT.load(config.sft), config).eval()
+    reward_model, world = load_reward_model(config, codec), data.rubric(config.prompts)
+    n, room = config.eval_prompts, sft.config.block_size - config.max_new_tokens
+    texts = data.prompts(config.prompts, n, config.seed, config.split, held_out=n)
+    prompts = [codec.prompt(text, room) for text in texts]
+
+    def points(responses: Tokens) -> dict[str, list[float]]:
+        return report.rubric_points(world, texts, [codec.text(tokens) for tokens in responses])
+
+    # who answers: a model by itself; or (None) by a search, or after another prompt
+    answers: dict[str, tuple[Tokens, GPT | None]] = {}
+    if base := load_base(config, codec):
+        base = to_device(base, config).eval()
+        answers["base"] = sample(base, prompts, codec, config), base
+        if world:
+            answers["prompted"] = few_shot_answers(base, texts, codec, config), None
+    answers["sft"] = sample(sft, prompts, codec, config), sft
+    answers["sft_greedy"] = sample(sft, prompts, codec, config, temperature=0), None
+    repeated = [prompt for prompt in prompts for _ in range(BEST_OF)]
+    sampled = sample(sft, repeated, codec, config)
+    scores = score(reward_model, repeated, sampled, config)
+    best = report.best_of_n(sampled, scores, BEST_OF)
+    answers[f"best_of_{BEST_OF}"] = best[BEST_OF][0], None
+    answers |= {name: (sample(m, prompts, codec, config), m) for name, m in policies.items()}
+
+    rows, rival = [], points(answers["sft"][0]).get("gold")
     for name, (responses, model) in answers.items():
-        row = sft_row if name == "sft" else evaluate(contest, name, responses, model, rival)[0]
+        measured = {"score": score(reward_model, prompts, responses, config)} | points(responses)
+        if rival and name != "sft":
+            measured["win_rate"] = report.wins(measured["gold"], rival)
+        if model:
+            measured["kl"] = kl_from(sft, model, prompts, responses, config)
+        row = report.row(name, responses, codec.eos, measured)
+        row["pretraining_loss"] = model and pretraining_loss(model, codec, config)
         if name.startswith("best_of"):
-            row["kl"] = best_of_n_kl(BEST_OF)
+            row["kl"] = report.best_of_n_kl(BEST_OF)
         rows.append(row)
-    if config.judge == "human":
-        judge_by_hand(rows, answers, contest)
-    print_table(rows)
-    results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
-    write_results(config, results | {"best_of_n": curve}, contest, answers)
+    curve = report.best_of_n_curve(best, points)
+    answered = {n: [codec.text(tokens) for tokens in given] for n, (given, _) in answers.items()}
+    report.finish(config, rows, curve, answered, texts, started)
     return rows
-
-
-def judge_by_hand(rows: list[dict], answers: dict, contest: Contest) -> None:
-    """A person ranks the models' answers, blind; adds each model's win rate against sft."""
-    if not contest.config.resume:
-        labeler.refuse_answers(contest.config.out)
-    texts = [[contest.codec.text(tokens) for tokens in given] for given, _ in answers.values()]
-    items = [
-        {"prompt": prompt, "responses": list(responses)}
-        for prompt, *responses in zip(contest.asked, *texts, strict=True)
-    ]
-    person = labeler.Person(items, contest.config.out, contest.config.seed)
-    person.rank_all()
-    sft, judged = list(answers).index("sft"), [item["ranks"] for item in person.comparisons()]
-    for i, row in enumerate(rows):
-        wins = [(ranks[i] < ranks[sft]) / 2 + (ranks[i] <= ranks[sft]) / 2 for ranks in judged]
-        if wins and i != sft:
-            row["human_win_rate"], row["human_win_rate_ci"] = mean_and_interval(wins)
-
-
-def write_results(config: Config, results: dict, contest: Contest, answers: dict) -> None:
-    """results.json, and comparison.txt with answers side by side; prints those to one prompt."""
-    blocks = []
-    for i, text in enumerate(contest.asked[:5]):
-        blocks.append(f"== {text}")
-        for name, (tokens, _) in answers.items():
-            blocks.append(f"[{name}] {contest.codec.text(tokens[i])}")
-    folder = Path(config.out)
-    lock(folder)
-    for name, content in (
-        ("results.json", json.dumps(results, indent=1)),
-        ("comparison.txt", printable("\n\n".join(blocks) + "\n")),
-    ):
-        write_atomically(folder / name, lambda file, text=content: file.write(text.encode()))
-    print("\n".join(map(printable, blocks[1 : len(answers) + 1])))
-
-
-def print_table(rows: list[dict]) -> None:
-    """Means with their 95 % half-widths, a model a line; below, the parts of the gold score."""
-    for columns in ((*MEASURES, "distinct_2", "pretraining_loss"), PARTS):
-        columns = [name for name in columns if any(row[name] is not None for row in rows)]
-        if columns:
-            titles = [name.removeprefix("pretraining_").removeprefix("gold/") for name in columns]
-            print("\n" + f"{'':12}" + "".join(f"{title:>14}" for title in titles))
-            for row in rows:
-                cells = [cell(row[name], row.get(f"{name}_ci")) for name in columns]
-                print(f"{row['model']:12}" + "".join(f"{text:>14}" for text in cells))
-    print()
-
-
-def cell(mean: float | None, half_width: float | None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:.2f}" if half_width is None else f"{mean:.2f} ± {half_width:.2f}"
 
 
 @precision
 def main(config: Config) -> dict:
     started = time.time()
-    if config.check:
-        return self_check(config)
+    for name, choices in CHOICES.items():
+        if (value := getattr(config, name)) not in choices:
+            raise UserError(f"--{name} {value} is unknown; choose from {', '.join(choices)}")
+    load_base(config, Codec.load(config.sft))  # what does not fit fails before the training
     if config.compare:
         policies = load_policies(config)
     else:
@@ -774,26 +585,22 @@ def main(config: Config) -> dict:
         if config.ablation:
             no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
             policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
-    if rank_and_world()[0]:  # one process compares
+    if processes.rank_and_world()[0]:  # one process compares
         return {}
     rows = compare(replace(config, shard=False), policies, started)
-    print(f"wrote {config.out}: results.json, comparison.txt, samples.txt, metrics.jsonl")
     return {row["model"]: row for row in rows}
-
-
-def self_check(config: Config) -> dict:
-    """tests/self_check.py on this configuration; exit status 2 if a check fails."""
-    path = Path(__file__).with_name("tests") / "self_check.py"
-    return runpy.run_path(str(path))["main"](config)
 
 
 def load_policies(config: Config) -> dict[str, GPT]:
     """The policies of --compare by their folders' names, each with its average if it has one."""
-    device, policies = resolve_device(config.device), {}
+    policies = {}
     for folder in map(Path, config.compare.split(",")):
-        policies[folder.name] = GPT.load(folder).to(device).eval()
+        if folder.name in policies:
+            raise UserError(f"--compare {config.compare}: two folders are called {folder.name}")
+        policies[folder.name] = to_device(GPT.load(folder), config).eval()
         if load_checkpoint(folder)["config"].get("ema_decay"):
-            policies[f"{folder.name}_ema"] = GPT.load(folder, average=True).to(device).eval()
+            average = GPT.load(folder, average=True)
+            policies[f"{folder.name}_ema"] = to_device(average, config).eval()
     return policies
 
 

@@ -1,4 +1,4 @@
-"""Checks a set-up before it costs a night: `python ppo.py --check` with the flags of the real run.
+"""Checks a set-up before it costs a night: `python tests/self_check.py`, with ppo.py's flags.
 
 On the user's own checkpoints, prompts, device and precision; a line for each property that PPO
 relies on, with what was measured and, where it fails, what has probably caused it.
@@ -8,27 +8,23 @@ import copy
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import ppo
-from model import (
-    GPT,
-    Codec,
-    ScalarModel,
-    adam,
-    batches,
-    generate,
-    generator,
-    load_checkpoint,
-    pack,
-    token_logprobs,
-)
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import data  # noqa: E402
+import ppo  # noqa: E402
+from data.processes import generator  # noqa: E402
+from data.run import command, load_checkpoint, precision  # noqa: E402
+from data.tokenizer import Codec  # noqa: E402
+from model import GPT, ScalarModel, adam, batches, generate, pack, token_logprobs  # noqa: E402
 
 PROMPTS = 16
 
@@ -42,16 +38,13 @@ class Setup:
     tolerance: float  # of log-probabilities and scores, by precision
 
     @classmethod
-    def load(cls, config: ppo.Config) -> "Setup":
-        models = ppo.Models.load(config)
-        texts = ppo.training_prompts(config)[:PROMPTS]
-        prompts = ppo.encode_prompts(texts, models.codec, config, models.policy.config.block_size)
-        return cls.of(config, models, prompts)
-
-    @classmethod
-    def of(cls, config: ppo.Config, models: ppo.Models, prompts: list[list[int]]) -> "Setup":
+    def of(cls, config: ppo.Config, models: ppo.Models) -> "Setup":
+        """The first prompts of the training, and what the policy answers."""
+        held_out, room = config.eval_prompts, models.policy.config.block_size
+        texts = data.prompts(config.prompts, PROMPTS, config.seed + 1, held_out=held_out)[:PROMPTS]
+        prompts = [models.codec.prompt(text, room - config.max_new_tokens) for text in texts]
         seed = generator(config.seed, "check")
-        rollout = ppo.sample_and_score(models, prompts, config, config.kl_coef, seed)
+        rollout = ppo.make_rollout(models, prompts, config, config.kl_coef, seed)
         tolerance = 0.1 if config.dtype == "bfloat16" else 1e-3
         return cls(config, models, prompts, rollout, tolerance)
 
@@ -97,7 +90,7 @@ def reward_model_beats_chance_and_length(s: Setup) -> Verdict:
     """Too few comparisons, or labels that say nothing: PPO would maximise noise, or length."""
     if s.config.reward:
         return True, "a Python reward needs no accuracy"
-    found = load_checkpoint(s.config.reward_model)["metrics"]
+    found = (load_checkpoint(s.config.reward_model)["metrics"] or [{}])[-1]
     accuracy, half_width = found.get("accuracy", 0.0), found.get("accuracy_ci", 0.0)
     path = Path(s.config.reward_model) / "report.json"
     pairs = json.loads(path.read_text())["pairs"] if path.exists() else {}
@@ -138,8 +131,8 @@ def the_cache_gives_the_same_tokens(s: Setup) -> Verdict:
     new = min(12, s.config.max_new_tokens)
     greedy = generate(s.models.policy, s.prompts, new, s.models.codec.eos, temperature=0)
     batch = pack(s.prompts, greedy, s.rollout.scores.device)
-    logits = s.models.policy.logits(s.models.policy(batch)[batch.where]).float()
-    chosen = logits.gather(1, batch.tokens[batch.where + 1, None])[:, 0]
+    logits = s.models.policy.logits(s.models.policy(batch)[batch.decided_at]).float()
+    chosen = logits.gather(1, batch.tokens[batch.decided_at + 1, None])[:, 0]
     x = largest(logits.max(1).values - chosen)  # 0 but for ties within rounding
     return x < s.tolerance, f"a greedy token is at most {x:.2g} less likely than the likeliest"
 
@@ -150,7 +143,7 @@ def frequencies_match_logprobs(s: Setup) -> Verdict:
     seed = generator(s.config.seed, "check", "frequencies")
     sampled = generate(s.models.policy, [prompt] * n, 1, s.models.codec.eos, t, generator=seed)
     batch = pack([prompt], [[0]], s.rollout.scores.device)
-    logits = s.models.policy.logits(s.models.policy(batch)[batch.where]).float()
+    logits = s.models.policy.logits(s.models.policy(batch)[batch.decided_at]).float()
     p = (logits[0] / t).softmax(-1).double().cpu()
     counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=len(p)).double()
     common = n * p >= 5
@@ -175,8 +168,8 @@ def the_score_is_read_at_the_end(s: Setup) -> Verdict:
     if s.config.reward:
         return True, "a Python reward reads whole texts"
     batch = pack(s.prompts, s.rollout.responses, s.rollout.scores.device)
-    everywhere, at = s.models.reward_model(batch), batch.cu_seqlens[1:].long() - 1
-    x = largest(s.models.reward_model.score(batch) - everywhere[at])
+    everywhere, last = s.models.reward_model(batch), batch.cu_seqlens[1:].long() - 1
+    x = largest(s.models.reward_model.score(batch) - everywhere[last])
     return x < s.tolerance, f"differs from the last token's by at most {x:.2g}"
 
 
@@ -250,10 +243,11 @@ def verdicts(setup: Setup) -> Iterator[tuple[Callable[[Setup], Verdict], bool, s
             yield check, *check(setup)
 
 
+@precision
 def main(config: ppo.Config) -> None:
     """Prints a line for each check; exit status 2 if one fails."""
     began, failed = time.time(), 0
-    for check, holds, measured in verdicts(Setup.load(config)):
+    for check, holds, measured in verdicts(Setup.of(config, ppo.Models.load(config))):
         print(f"{'pass' if holds else 'FAIL'}  {check.__name__.replace('_', ' ')}: {measured}")
         if not holds:
             failed += 1
@@ -261,3 +255,7 @@ def main(config: ppo.Config) -> None:
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} hold, {time.time() - began:.0f} s")
     if failed:
         raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    command(main, ppo.Config, ppo.PRESETS)

@@ -11,8 +11,9 @@ import torch
 
 import ppo
 from data.records import save_records
-from data.tokenizer import get_tokenizer
-from model import GPT, Codec, GPTConfig, Run, pack
+from data.run import Run
+from data.tokenizer import Codec, get_tokenizer
+from model import GPT, GPTConfig, adam, pack
 
 BETA = 0.5
 REWARDS = {"A": 0.0, "B": 1.0, "C": -1.0, "D": 0.5, "E": 0.3, "F": -0.4}
@@ -37,7 +38,7 @@ def reference_model(codec: Codec) -> GPT:
 def probabilities(gpt: GPT, codec: Codec) -> torch.Tensor:
     """Of the letters, in order, after the prompt."""
     batch = pack([codec.prompt("x")], [[0]])
-    p = gpt.eval().logits(gpt(batch)[batch.where])[0].softmax(-1)
+    p = gpt.eval().logits(gpt(batch)[batch.decided_at])[0].softmax(-1)
     return p[[codec.response(letter)[0] for letter in REWARDS]]
 
 
@@ -45,10 +46,11 @@ def probabilities(gpt: GPT, codec: Codec) -> torch.Tensor:
 def test_ppo_reaches_the_optimum(seed, tmp_path):
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     gpt = reference_model(codec)
-    run = Run("sft", ppo.Config(), str(tmp_path / "sft"), gpt.config, codec, model=gpt)
-    run.save()
+    optimizer = adam([(gpt, 0.0)])
+    Run("sft", ppo.Config(), tmp_path / "sft", gpt.config, codec, optimizer, model=gpt).save()
     (tmp_path / "mine.py").write_text(SOURCE)
-    save_records(tmp_path / "prompts.jsonl", [{"prompt": "x"}] * 20)
+    prompts = [{"prompt": prompt} for prompt in 10 * ["x"] + 10 * ["held out"]]
+    save_records(tmp_path / "prompts.jsonl", prompts)
     config = ppo.Config(
         seed=seed,
         sft=str(tmp_path / "sft"),

@@ -1,10 +1,14 @@
 """The self-check passes on a sound set-up, and names the fault of each deliberately broken one."""
 
+import dataclasses
 import json
 import math
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import self_check
@@ -13,8 +17,9 @@ from self_check import Setup, verdicts
 
 import model as model_module
 import ppo
-from data.tokenizer import get_tokenizer
-from model import GPT, Codec, GPTConfig, Run, ScalarModel
+from data.run import Run
+from data.tokenizer import Codec, get_tokenizer
+from model import GPT, GPTConfig, ScalarModel, adam
 
 
 def tiny_gpt(codec: Codec, seed: int = 0) -> GPT:
@@ -24,6 +29,13 @@ def tiny_gpt(codec: Codec, seed: int = 0) -> GPT:
         for p in gpt.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
     return gpt.eval()
+
+
+def save_stage(stage: str, config: ppo.Config, folder: str, model, codec: Codec) -> None:
+    sizes = getattr(model, "gpt", model).config
+    run = Run(stage, config, folder, sizes, codec, adam([(model, 0.0)]), model=model)
+    run.metrics = [{"accuracy": 0.8, "accuracy_ci": 0.05}]
+    run.save()
 
 
 @pytest.fixture
@@ -37,10 +49,8 @@ def config(tmp_path) -> ppo.Config:
         missing_eos_score=math.nan,  # a random model does not end what it says
         minibatch_size=8,
     )
-    Run("sft", config, config.sft, gpt.config, codec, model=gpt).save()
-    run = Run("reward", config, config.reward_model, gpt.config, codec, model=ScalarModel(gpt))
-    run.metrics = {"accuracy": 0.8, "accuracy_ci": 0.05}
-    run.save()
+    save_stage("sft", config, config.sft, gpt, codec)
+    save_stage("reward", config, config.reward_model, ScalarModel(gpt), codec)
     pairs = {"the longer response wins": [0.6, 0.05, 100]}
     (tmp_path / "reward" / "report.json").write_text(json.dumps({"pairs": pairs}))
     return config
@@ -56,21 +66,26 @@ def test_a_sound_setup_passes(config, capsys):
     assert len([line for line in lines if line.startswith("pass")]) == len(self_check.CHECKS)
 
 
-def test_it_is_a_flag_of_ppo(config, capsys):
-    with pytest.raises(SystemExit) as error:
-        ppo.main(replace(config, check=True, missing_eos_score=-1.0))
-    assert error.value.code == 2
-    out = capsys.readouterr().out
-    assert "FAIL  responses end" in out and "likely cause: --max_new_tokens is too small" in out
+def test_it_is_a_program_with_the_flags_of_ppo(config):
+    """From any folder, with the tests' own code alone: ppo.py knows nothing of it."""
+    kept = ("sft", "reward_model", "max_new_tokens", "minibatch_size")
+    flags = [f"--{name}={getattr(config, name)}" for name in kept]
+    folder = Path(config.sft).parent
+    command = [sys.executable, self_check.__file__, *flags, "--missing_eos_score=-1.0"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stderr
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("FAIL  responses end: ") for line in lines)
+    assert any("likely cause: --max_new_tokens is too small" in line for line in lines)
+    assert sum(line[:4] in ("pass", "FAIL") for line in lines) == len(self_check.CHECKS)
+    assert "check" not in {field.name for field in dataclasses.fields(ppo.Config)}
 
 
-def reloaded(config: ppo.Config, change: Callable[[ppo.Models], None], **flags) -> Setup:
+def load(config: ppo.Config, change: Callable[[ppo.Models], None] = lambda models: None) -> Setup:
     """The set-up with models that were changed before anything was sampled."""
-    config = replace(config, **flags)
     models = ppo.Models.load(config)
     change(models)
-    texts = ppo.training_prompts(config)[: self_check.PROMPTS]
-    return Setup.of(config, models, ppo.encode_prompts(texts, models.codec, config, 64))
+    return Setup.of(config, models)
 
 
 def damage(m: ppo.Models) -> None:
@@ -134,26 +149,23 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_setup_is_named(name, config):
     change, flags, expected = BROKEN[name]
-    assert expected in failed(reloaded(config, change, **flags))
+    assert expected in failed(load(replace(config, **flags), change))
 
 
 def test_a_wrong_tokenizer_is_named(config):
     codec = Codec(get_tokenizer("toy"), "Q: {prompt}\\nA:")
-    gpt = tiny_gpt(codec)
-    run = Run("reward", config, config.reward_model, gpt.config, codec, model=ScalarModel(gpt))
-    run.metrics = {"accuracy": 0.8, "accuracy_ci": 0.05}
-    run.save()
-    assert failed(Setup.load(config)) == ["one_tokenizer"]
+    save_stage("reward", config, config.reward_model, ScalarModel(tiny_gpt(codec)), codec)
+    assert failed(load(config)) == ["one_tokenizer"]
 
 
 @pytest.mark.parametrize("accuracy, length", [(0.52, 0.5), (0.7, 0.75), (0.7, 0.2)])
 def test_a_reward_model_that_knows_nothing_is_named(accuracy, length, config, tmp_path):
     saved = torch.load(tmp_path / "reward/checkpoint.pt", weights_only=True)
-    saved["metrics"] = {"accuracy": accuracy, "accuracy_ci": 0.05}
+    saved["metrics"] = [{"accuracy": accuracy, "accuracy_ci": 0.05}]
     torch.save(saved, tmp_path / "reward/checkpoint.pt")
     pairs = {"the longer response wins": [length, 0.05, 100]}
     (tmp_path / "reward" / "report.json").write_text(json.dumps({"pairs": pairs}))
-    assert failed(Setup.load(config)) == ["reward_model_beats_chance_and_length"]
+    assert failed(load(config)) == ["reward_model_beats_chance_and_length"]
 
 
 def sharper(generate):
@@ -174,7 +186,7 @@ def top_3(generate):
 
 @pytest.mark.parametrize("change", [sharper, top_3])
 def test_sampling_that_is_not_what_is_scored_is_named(change, config, monkeypatch):
-    setup = Setup.load(config)
+    setup = load(config)
     monkeypatch.setattr(self_check, "generate", change(self_check.generate))
     assert "frequencies_match_logprobs" in failed(setup)
 
@@ -182,16 +194,16 @@ def test_sampling_that_is_not_what_is_scored_is_named(change, config, monkeypatc
 def test_a_cache_that_forgets_is_named(config, monkeypatch):
     decode = model_module.decode_attention
 
-    def forgets(qkv, cache, lengths, bias):
+    def forgets(qkv, cache, lengths):
         return decode(qkv, cache, (lengths - 1).clamp(min=0))
 
-    setup = Setup.load(config)
+    setup = load(config)
     monkeypatch.setattr(model_module, "decode_attention", forgets)
     assert "the_cache_gives_the_same_tokens" in failed(setup)
 
 
 def test_attention_across_sequences_is_named(config, monkeypatch):
-    setup = Setup.load(config)
+    setup = load(config)
     forward = model_module.GPT.forward
 
     def leaks(self, batch):
@@ -204,7 +216,7 @@ def test_attention_across_sequences_is_named(config, monkeypatch):
 
 def test_a_penalty_of_the_wrong_sign_is_named(config, monkeypatch):
     correct = ppo.kl_penalised_rewards
-    setup = Setup.load(config)
+    setup = load(config)
     monkeypatch.setattr(
         ppo, "kl_penalised_rewards", lambda s, a, b, lengths, beta: correct(s, a, b, lengths, -beta)
     )
