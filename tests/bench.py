@@ -38,19 +38,17 @@ import torch  # noqa: E402
 import model as model_module  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
-from data.tokenizer import get_tokenizer  # noqa: E402
+from data.processes import generator  # noqa: E402
+from data.run import Run, RunConfig  # noqa: E402
+from data.tokenizer import Codec, get_tokenizer  # noqa: E402
 from model import (  # noqa: E402
     GPT,
-    Codec,
     GPTConfig,
-    Run,
-    RunConfig,
     ScalarModel,
     adam,
     batches,
+    clip_and_step,
     generate,
-    generator,
-    optimizer_step,
 )
 
 SIZES = {  # vocabulary, context, layers, heads, channels
@@ -142,7 +140,7 @@ def rates(size: str) -> tuple[float, float]:
     n = 8192 if GPU else 1024
     square = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
     tall = torch.randn(sum(parameters(size)) // n, n, device=DEVICE, dtype=DTYPE)
-    product = functools.partial(model_module.linear, square, square)
+    product = functools.partial(torch.nn.functional.linear, square, square)
     with torch.inference_mode():
         seconds = alternately(9, product=product, reading=lambda: tall @ square[0])
     bytes = tall.numel() * tall.element_size()
@@ -178,9 +176,10 @@ def ending_after(limits: torch.Tensor | None) -> Iterator[int]:
     real = model_module.draw
 
     def draw(*args) -> torch.Tensor:
-        rows = sys._getframe(1).f_locals  # of generate: the prompt and the step of each row
+        rows = sys._getframe(1).f_locals  # of generate's sample: each row's prompt and its step
         tokens = real(*args).clamp(min=1)
-        return torch.where(rows["step"] + 1 >= limits.to(DEVICE)[rows["who"]], 0, tokens)
+        last = torch.tensor(rows["step"]) + 1 >= limits[rows["chosen"]]
+        return torch.where(last.to(DEVICE), 0, tokens)
 
     with mock.patch.object(model_module, "draw", draw):
         yield 0
@@ -323,10 +322,13 @@ def bench_sft(size: str, repeats: int) -> None:
         for i in range(0, len(texts), batch):
             began = clock()
             prompts, rest = zip(*((t[:1], t[1:]) for t in texts[i : i + batch]), strict=True)
-            parts = batches(list(prompts), list(rest), config)
-            losses = ((sft.sft_loss(ours, b), len(b.where)) for b in parts)
-            with our_precision(low):
-                optimizer_step(optimizer, losses, sum(map(len, rest)))
+            total, loss_sum = sum(map(len, rest)), 0.0
+            for part in batches(list(prompts), list(rest), config):
+                with our_precision(low):
+                    loss = sft.sft_loss(ours, part) * (len(part.decided_at) / total)
+                loss.backward()
+                loss_sum += loss.item()
+            clip_and_step(optimizer, loss_sum)
             own.append(clock() - began)
         return sum(own[1:])
 
@@ -364,7 +366,7 @@ def our_ppo(size: str, repeats: int, low: bool = GPU) -> tuple[float, float]:
         began = clock()
         asked = prompts[step * batch % len(prompts) :][:batch]
         with our_precision(low):
-            rollout = ppo.sample_and_score(models, asked, config, 0.05, generator("ppo", step))
+            rollout = ppo.make_rollout(models, asked, config, 0.05, generator("ppo", step))
             ppo.update(models, optimizer, rollout, config, 1.0, ("ppo", step))
         own.append(clock() - began)
     return statistics.median(own[1:]), peak()
@@ -457,19 +459,18 @@ def bench_checkpoint(size: str, _: int) -> None:
     policy, _ = both(size)
     average, value = copy.deepcopy(policy), ScalarModel(policy)
     optimizer = adam([(policy, 1e-6), (value, 1e-6)])
-    optimizer_step(
-        optimizer, [(sum(p.sum() for m in (policy, value) for p in m.parameters()), 1)], 1
-    )
-    state = {"model": policy, "value_model": value, "optimizer": optimizer, "average": average}
+    sum(p.sum() for m in (policy, value) for p in m.parameters()).backward()
+    clip_and_step(optimizer, loss=0.0)
+    modules = {"model": policy, "value_model": value, "average": average}
     codec = Codec(get_tokenizer("toy"), "{prompt}")
 
     with tempfile.TemporaryDirectory() as folder:
         config, before = ppo.Config(out=folder, resume=True), peak()
-        run = Run("ppo", config, folder, policy.config, codec, **state)
+        run = Run("ppo", config, folder, policy.config, codec, optimizer, **modules)
         began = time.perf_counter()
         run.save()
         saved, more = time.perf_counter(), peak() - before
-        Run("ppo", config, folder, policy.config, codec, **state)
+        Run("ppo", config, folder, policy.config, codec, optimizer, **modules)
         seconds = time.perf_counter() - saved
         bytes = (Path(folder) / "checkpoint.pt").stat().st_size
     sizes = f"{bytes / 2**30:.3f} GB, {more:.2f} GB more memory"

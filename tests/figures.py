@@ -1,9 +1,10 @@
 """Draws the README's figures from the folders that tests/seeds.py leaves; needs the extra `plot`.
 
-    python tests/seeds.py --variants 31 32 33 && python tests/figures.py 31 32 33
+    python tests/seeds.py 31 32 33 && python tests/figures.py 31 32 33
 
-Writes story, overoptimisation, win_rates and learning as .svg into .github/. Bars and points
-are means over the seeds; their intervals are 95 % half-widths over the prompts of all seeds.
+Writes story.svg and learning.svg into .github/; after seeds.py --variants overoptimisation.svg and
+win_rates.svg too. Bars and points are means over the seeds; their intervals are 95 % half-widths
+over the prompts of all seeds.
 """
 
 import json
@@ -24,7 +25,7 @@ STORY = {
     "ppo_no_kl": "PPO,\nno KL penalty",
 }
 matplotlib.rcParams |= {
-    "svg.hashsalt": "nanorlhf",  # the same figure is the same file
+    "svg.hashsalt": "picorlhf",  # the same figure is the same file
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,
@@ -141,11 +142,11 @@ def learning(folder: Path) -> None:
 
 def main() -> None:
     folders = [Path("out") / f"seed{seed}" for seed in sys.argv[1:] or sys.exit(__doc__)]
-    seeds = [rows_of(folder / "compare") for folder in folders]
     story([rows_of(folder / "ppo") for folder in folders])
-    overoptimisation(folders)
-    win_rates(seeds)
     learning(folders[0])
+    if all((folder / "compare").exists() for folder in folders):
+        overoptimisation(folders)
+        win_rates([rows_of(folder / "compare") for folder in folders])
 
 
 if __name__ == "__main__":
