@@ -107,7 +107,7 @@ def grouped(groups: list[Pairs], config: RunConfig) -> Iterator[tuple[list[int],
 def micro_batches(lengths: list[int], config: RunConfig) -> list[list[int]]:
     """Cuts items 0, 1, ... into runs of at most config.max_tokens tokens, or of one item.
 
-    With --shard the passes of all processes are joint: those with fewer runs add empty ones.
+    With --shard all processes must make the same number of passes: some add empty runs.
     """
     parts: list[list[int]] = []
     room = 0
@@ -495,7 +495,7 @@ def clip_and_step(
 ) -> tuple[float, list[float]]:
     """Clips each model's gradient to norm `clip`, steps at `lr` times its peak rate, clears it.
 
-    Gradients and `loss` of all processes are added up first, each from its share of the batch.
+    First, gradients and `loss` are summed over the processes, each of which has its share.
     Returns the loss and the norms before clipping. UserError, before the weights change, if one of
     them is not finite.
     """

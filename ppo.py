@@ -45,7 +45,7 @@ from data.run import (
     load_checkpoint,
     precision,
 )
-from data.tokenizer import Codec, Pair, documents
+from data.tokenizer import Codec, Pair, columns, documents
 from data.weights import check_finite, is_hugging_face
 from model import (
     GPT,
@@ -352,7 +352,7 @@ def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[flo
     PPO-ptx: the last term of InstructGPT's equation 2.
     """
     total, mine, losses = sum(len(rest) for _, rest in drawn), my_share(drawn), []
-    for batch in batches([first for first, _ in mine], [rest for _, rest in mine], config):
+    for batch in batches(*columns(mine), config):
         n = len(batch.decided_at)
         loss = -token_logprobs(policy, batch)[0].mean()
         (config.ptx_coef * loss * (n / total)).backward()
@@ -384,8 +384,8 @@ def train(config: Config) -> dict[str, GPT]:
         check_reward_model(config.reward_model)
     models = Models.load(config)
     policy, value_model, codec = models.policy, models.value_model, models.codec
-    trained = value_model.head if config.value == "head" else value_model
-    optimizer = adam([(policy, config.lr), (trained, config.value_lr)])
+    value_part = value_model.head if config.value == "head" else value_model
+    optimizer = adam([(policy, config.lr), (value_part, config.value_lr)])
     modules = {"model": policy, "value_model": value_model, "average": models.average}
     run = Run("ppo", config, config.out, policy.config, codec, optimizer, **modules)
     kl_coef = run.extra.setdefault("kl_coef", config.kl_coef)
@@ -414,10 +414,10 @@ def train(config: Config) -> dict[str, GPT]:
         if step % 10 == 0 or step == config.iterations - 1:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
-    trained = {run.folder.name: policy}
+    policies = {run.folder.name: policy}
     if config.ema_decay:
-        trained[f"{run.folder.name}_ema"] = models.average
-    return {name: sampling_copy(model, torch.float32) for name, model in trained.items()}
+        policies[f"{run.folder.name}_ema"] = models.average
+    return {name: sampling_copy(model, torch.float32) for name, model in policies.items()}
 
 
 def check_reward_model(folder: str) -> None:
@@ -571,6 +571,19 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     return rows
 
 
+def load_policies(config: Config) -> dict[str, GPT]:
+    """The policies of --compare by their folders' names, each with its average if it has one."""
+    policies = {}
+    for folder in map(Path, config.compare.split(",")):
+        if folder.name in policies:
+            raise UserError(f"--compare {config.compare}: two folders are called {folder.name}")
+        policies[folder.name] = to_device(GPT.load(folder), config).eval()
+        if load_checkpoint(folder)["config"].get("ema_decay"):
+            average = GPT.load(folder, average=True)
+            policies[f"{folder.name}_ema"] = to_device(average, config).eval()
+    return policies
+
+
 @precision
 def main(config: Config) -> dict:
     started = time.time()
@@ -589,19 +602,6 @@ def main(config: Config) -> dict:
         return {}
     rows = compare(replace(config, shard=False), policies, started)
     return {row["model"]: row for row in rows}
-
-
-def load_policies(config: Config) -> dict[str, GPT]:
-    """The policies of --compare by their folders' names, each with its average if it has one."""
-    policies = {}
-    for folder in map(Path, config.compare.split(",")):
-        if folder.name in policies:
-            raise UserError(f"--compare {config.compare}: two folders are called {folder.name}")
-        policies[folder.name] = to_device(GPT.load(folder), config).eval()
-        if load_checkpoint(folder)["config"].get("ema_decay"):
-            average = GPT.load(folder, average=True)
-            policies[f"{folder.name}_ema"] = to_device(average, config).eval()
-    return policies
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def my_share(items: Sequence) -> Sequence:
 
 
 def gather(mine: object) -> list:
-    """The arguments of all processes, in order of rank. It is also a barrier."""
+    """A list of what each process passes, in order of rank; every process waits for the others."""
     values = [mine] * rank_and_world()[1]
     if len(values) > 1:
         torch.distributed.all_gather_object(values, mine)
