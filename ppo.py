@@ -30,12 +30,15 @@ from torch.optim import Optimizer
 
 import data
 from data import processes, report
+from data.folders import claim, keep_apart
 from data.presets import PPO as PRESETS
 from data.processes import gather, generator, my_share, rank_key, shuffled
 from data.python_reward import RewardFunction
 from data.records import UserError
 from data.run import (
     Count,
+    Free,
+    Input,
     Positive,
     Rate,
     Run,
@@ -43,7 +46,8 @@ from data.run import (
     Share,
     command,
     load_checkpoint,
-    precision,
+    name_unused,
+    program,
 )
 from data.tokenizer import Codec, Pair, columns, documents
 from data.weights import check_finite, is_hugging_face
@@ -65,14 +69,15 @@ from model import (
 
 @dataclass
 class Config(RunConfig):
-    out: str = "out/ppo"  # run folder; the run without a KL penalty has <out>_no_kl
-    sft: str = "out/sft"  # folder of the fine-tuned model: the policy's start and its reference
-    init: str = ""  # folder of a policy to continue, in place of the fine-tuned model
-    reward_model: str = "out/reward"  # folder of the reward model, where the value model starts
-    reward: str = ""  # path.py:function(texts, prompts) -> scores, in place of the reward model
-    trust: bool = False  # train even on a reward model that is not better than chance
-    base: str = "out/base"  # folder of the base model, for the comparison; or none
-    prompts: str = "toy"  # toy, or a .jsonl file of prompts
+    out: Free[str] = "out/ppo"  # run folder; the run without a KL penalty has <out>_no_kl
+    sft: Input = "out/sft"  # folder of the fine-tuned model: the policy's start and its reference
+    init: Input = ""  # folder of a policy to continue, in place of the fine-tuned model
+    reward_model: Input = "out/reward"  # folder of the reward model, where the value model starts
+    reward: Input = ""  # path.py:function(texts, prompts) -> scores, in place of the reward model
+    reward_retries: Free[Count] = 3  # further calls of it after a lost connection or a time-out
+    trust: Free[bool] = False  # train even on a reward model that is not better than chance
+    base: Free[Input] = "out/base"  # folder of the base model, for the comparison; or none
+    prompts: Input = "toy"  # toy, or a .jsonl file of prompts
     iterations: Count = 50  # rollouts, each followed by ppo_epochs passes over it
     batch_size: Positive = 64  # prompts in a rollout (InstructGPT: 512)
     minibatch_size: Positive = 32  # prompts in an optimiser step (InstructGPT: 64)
@@ -99,13 +104,13 @@ class Config(RunConfig):
     ema_decay: Share = 0.9  # of the averaged policy, per iteration (InstructGPT: 0.992); 0: none
     ptx_coef: Rate = 0.0  # weight of the pretraining loss: PPO-ptx (InstructGPT's gamma: 27.8)
     ptx_ratio: Rate = 0.5  # documents per response in an optimiser step (InstructGPT: 8)
-    texts: str = "toy"  # the documents: toy, .txt, a folder of .txt, or .jsonl with {"text": ...}
+    texts: Input = "toy"  # the documents: toy, .txt, a folder of .txt, or .jsonl with {"text": ...}
     # the comparison
-    ablation: bool = True  # also train without the KL penalty
-    compare: str = ""  # folders of policies, with commas between them: compare, do not train
-    eval_prompts: Annotated[int, 2, math.inf] = 300  # held-out prompts of the comparison
-    judge: str = "gold"  # gold: the rubric, where there is one; human: you rank the answers too
-    split: str = "test"  # toy prompts of the comparison: test; dev while you tune
+    ablation: Free[bool] = True  # also train without the KL penalty
+    compare: Free[str] = ""  # folders of policies, with commas between them: compare, do not train
+    eval_prompts: Free[Annotated[int, 2, math.inf]] = 300  # held-out prompts of the comparison
+    judge: Free[str] = "gold"  # gold: the rubric, if there is one; human: you rank the answers too
+    split: Free[str] = "test"  # toy prompts of the comparison: test; dev while you tune
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +221,7 @@ class Models:
 
 def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunction:
     if config.reward:
-        return RewardFunction(config.reward, codec)
+        return RewardFunction(config.reward, codec, config.reward_retries)
     return to_device(ScalarModel.load(config.reward_model), config).eval()
 
 
@@ -387,15 +392,18 @@ def train(config: Config) -> dict[str, GPT]:
     value_part = value_model.head if config.value == "head" else value_model
     optimizer = adam([(policy, config.lr), (value_part, config.value_lr)])
     modules = {"model": policy, "value_model": value_model, "average": models.average}
-    run = Run("ppo", config, config.out, policy.config, codec, optimizer, **modules)
-    kl_coef = run.extra.setdefault("kl_coef", config.kl_coef)
     B, n, world = config.batch_size, config.eval_prompts, data.rubric(config.prompts)
     texts = data.prompts(config.prompts, config.iterations * B, config.seed + 1, held_out=n)
     room = policy.config.block_size - config.max_new_tokens
+    questions = [(text, codec.prompt(text, room)) for text in texts]
+    claim(config.out, config.resume)
+    held_out = {} if world else {"eval_prompts": str(n)}  # rows of a file that are not trained on
+    run = Run("ppo", config, config.out, policy.config, codec, optimizer, held_out, **modules)
+    kl_coef = run.extra.setdefault("kl_coef", config.kl_coef)
     for step in run.steps(config.iterations):
         start, key = time.time(), (config.seed, "ppo", step)
-        asked = [texts[i % len(texts)] for i in range(step * B, (step + 1) * B)]
-        prompts = [codec.prompt(text, room) for text in asked]
+        chosen = [questions[i % len(questions)] for i in range(step * B, (step + 1) * B)]
+        asked, prompts = map(list, zip(*chosen, strict=True))
         rollout = make_rollout(models, prompts, config, kl_coef, generator(*rank_key(*key)))
         lr = lr_schedule(step, config.iterations, config.warmup)
         metrics = summary(rollout, kl_coef)
@@ -459,6 +467,7 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 
 BEST_OF = 16
 CHOICES = {"value": ("model", "head"), "judge": ("gold", "human"), "split": ("test", "dev")}
+UNUSED = {"ptx_coef": ("texts",), "kl_target": ("kl_horizon",), "reward": ("reward_retries",)}
 Tokens = list[list[int]]
 
 
@@ -584,16 +593,22 @@ def load_policies(config: Config) -> dict[str, GPT]:
     return policies
 
 
-@precision
+@program
 def main(config: Config) -> dict:
     started = time.time()
     for name, choices in CHOICES.items():
         if (value := getattr(config, name)) not in choices:
             raise UserError(f"--{name} {value} is unknown; choose from {', '.join(choices)}")
+    if config.kl_target and not config.kl_coef:
+        raise UserError("--kl_target adapts --kl_coef, which may not start at 0")
+    for without, names in UNUSED.items():
+        if not getattr(config, without):
+            name_unused(config, f"without --{without}", *names)
     load_base(config, Codec.load(config.sft))  # what does not fit fails before the training
     if config.compare:
         policies = load_policies(config)
     else:
+        keep_apart(config, {"out": config.out, "out (without KL)": f"{config.out}_no_kl"})
         policies = train(config)
         if config.ablation:
             no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}

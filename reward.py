@@ -26,35 +26,36 @@ from torch import Tensor, nn
 
 import data
 from data import labeler, processes, records, report
+from data.folders import claim, keep_apart
 from data.presets import REWARD as PRESETS
 from data.processes import batch_at, gather, generator, my_share, seed_of, steps_per_epoch
-from data.records import UserError, load_comparisons, pair_accuracy
-from data.run import Positive, Rate, Run, RunConfig, command, lock, precision
+from data.records import UserError, hold_out, load_comparisons, pair_accuracy
+from data.run import Free, Input, Positive, Rate, Run, RunConfig, command, name_unused, program
 from data.tokenizer import Codec, Pairs, fitting
 from model import GPT, ScalarModel, adam, clip_and_step, generate, grouped, lr_schedule, to_device
 
 
 @dataclass
 class Config(RunConfig):
-    out: str = "out/reward"  # run folder
-    sft: str = "out/sft"  # folder of the fine-tuned model: it answers the prompts
-    init: str = ""  # folder of the model that the reward model starts from; default: --sft's
+    out: Free[str] = "out/reward"  # run folder
+    sft: Input = "out/sft"  # folder of the fine-tuned model: it answers the prompts
+    init: Input = ""  # folder of the model that the reward model starts from; default: --sft's
     cue: str = "Comment:"  # end of text, where the score is read, starts as the end of this; or ""
     # the comparisons
     labeler: str = "gold"  # gold: the toy world's, simulated; human: you; file: in --comparisons
-    comparisons: str = ""  # .jsonl of comparisons, in place of sampling and ranking
-    merge: str = ""  # .jsonl of earlier comparisons to train on as well
-    policy: str = ""  # folder of the model that answers, in place of the fine-tuned one
-    prompts: str = "toy"  # what it answers: toy, or a .jsonl file of prompts
+    comparisons: Input = ""  # .jsonl of comparisons, in place of sampling and ranking
+    merge: Input = ""  # .jsonl of earlier comparisons to train on as well
+    policy: Input = ""  # folder of the model that answers, in place of the fine-tuned one
+    prompts: Input = "toy"  # what it answers: toy, or a .jsonl file of prompts
     toy_prompts: Positive = 2800  # how many toy prompts
     responses: Annotated[int, 2, 1000] = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: Rate = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: Positive = 80  # longest response
     temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling
-    score: str = ""  # .jsonl of responses: write them with "scores" to --out, and train nothing
-    reward_model: str = "out/reward"  # folder of the model that --score takes
+    score: Free[str] = ""  # .jsonl of responses: write them with "scores" to --out, train nothing
+    reward_model: Free[str] = "out/reward"  # folder of the model that --score takes
     # the training
-    demonstrations: str = ""  # .jsonl whose mean score becomes 0; default: toy, or the best ranked
+    demonstrations: Input = ""  # .jsonl whose mean score becomes 0; default: toy, or the best
     epochs: Positive = 2  # passes over the comparisons (InstructGPT: 1)
     batch_size: Positive = 4  # prompts a step, with all their responses
     lr: Rate = 1e-3  # peak learning rate
@@ -104,12 +105,14 @@ def ranked(config: Config) -> list[dict]:
         raise UserError("--labeler gold ranks toy prompts only; choose human, or --comparisons")
     if config.labeler == "file" and not config.comparisons:
         raise UserError("--labeler file needs the file: --comparisons <path>")
-    lock(config.out)
+    earlier = load_comparisons(config.merge) if config.merge else []
+    if config.labeler == "human" and processes.rank_and_world()[1] > 1:
+        raise UserError("--labeler human needs a single process; train with many afterwards")
     path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
+    if not config.comparisons:
+        claim(config.out, config.resume)
     if config.labeler == "human":
-        if processes.rank_and_world()[1] > 1:
-            raise UserError("--labeler human needs a single process; train with many afterwards")
-        labeler.rank_by_hand(lambda: collect(config), config.out, config.seed, config.resume)
+        labeler.rank_by_hand(lambda: collect(config), config.out, config.seed)
     elif not config.comparisons and not (config.resume and path.exists()):
         items, rng = collect(config), random.Random(config.seed)
         for item in items:
@@ -117,7 +120,6 @@ def ranked(config: Config) -> list[dict]:
         if processes.rank_and_world()[0] == 0:
             records.save_records(path, items)
         gather(None)  # barrier: wait for rank 0 to finish writing
-    earlier = load_comparisons(config.merge) if config.merge else []
     rows = load_comparisons(path) + earlier  # the new ones first: they are held out
     print(f"{len(rows)} comparisons, {len(rows) - len(earlier)} of them in {path}")
     return rows
@@ -278,24 +280,28 @@ def score_file(config: Config) -> dict:
     return {"records": len(scored)}
 
 
-@precision
+@program
 def main(config: Config) -> dict:
     if config.score:
         return score_file(config)
+    keep_apart(config, {"out": config.out})
+    if config.comparisons:
+        sampling = ("policy", "prompts", "toy_prompts", "responses", "temperature", "noise")
+        name_unused(config, "with --comparisons", *sampling)
     gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
     codec.check_vocabulary(gpt.config.vocab_size)
     comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
-    n = max(1, int(config.held_out * len(comparisons)))
-    held_out, training = records.split_held_out(comparisons, n, key=lambda c: c.record["prompt"])
-    if not training:
-        raise UserError(
-            f"{len(held_out)} comparisons are held out, none is left to train on; add more"
-        )
+    held_out, training = hold_out(comparisons, config.held_out, lambda c: c.record["prompt"])
+    if not any(c.decides for c in training):
+        raise UserError("no response is better than another: ties alone teach nothing")
     start_from_cue(gpt, codec, config.cue)
     torch.manual_seed(seed_of(config.seed, "head"))
     model = to_device(ScalarModel(gpt), config)
     optimizer = adam([(model, config.lr)])
-    run = Run("reward", config, config.out, gpt.config, codec, optimizer, model=model)
+    if config.comparisons:
+        claim(config.out, config.resume)
+    read = {} if config.comparisons else {"comparisons": f"{config.out}/comparisons.jsonl"}
+    run = Run("reward", config, config.out, gpt.config, codec, optimizer, read, model=model)
     train(run, training)
     if "accuracy" not in run.metrics[-1]:  # it was not centered before
         center(model, training, codec, config)
@@ -303,7 +309,7 @@ def main(config: Config) -> dict:
     accuracy, accuracy_ci, _ = found["pairs"]["reward model, held-out comparisons"]
     run.amend({"accuracy": accuracy, "accuracy_ci": accuracy_ci})  # ppo.py asks for them
     report.print_reward_report(found)
-    run.write("report.json", report.strict_json(found))
+    run.write("report.json", records.strict_json(found, indent=1))
     for c, scores in zip(held_out[:5], score_all(model, held_out[:5], config), strict=True):
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]

@@ -12,16 +12,18 @@ keeps the one whose answers the reward model scores highest. PPO starts from 2 e
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 
 import data
 from data import processes
+from data.folders import claim, keep_apart
 from data.presets import SFT as PRESETS
 from data.processes import batch_at, generator, my_share, seed_of, shuffled, steps_per_epoch
-from data.records import UserError, split_held_out
-from data.run import Positive, Rate, Run, RunConfig, command, precision
+from data.records import UserError, hold_out
+from data.run import Free, Input, Positive, Rate, Run, RunConfig, command, name_unused, program
 from data.tokenizer import Codec, Pairs, columns, cut_left, documents, fitting, get_tokenizer
 from model import (
     GPT,
@@ -40,31 +42,31 @@ from model import (
 
 @dataclass
 class Config(RunConfig):
-    out: str = "out/sft"  # run folder of the fine-tuned model
-    base: str = "out/base"  # run folder of the base model that pretraining makes
-    init: str = "scratch"  # scratch: pretrain; or fine-tune this: a folder, gpt2, gpt2-medium …
+    out: Free[str] = "out/sft"  # run folder of the fine-tuned model
+    base: Free[Input] = "out/base"  # run folder of the base model that pretraining makes
+    init: Input = "scratch"  # scratch: pretrain; or fine-tune this: a folder, gpt2, gpt2-medium …
     # the model from scratch
-    tokenizer: str = "toy"  # toy, gpt2 or a .tiktoken file
+    tokenizer: Input = "toy"  # toy, gpt2 or a .tiktoken file
     template: str = "{prompt}\\n"  # what every prompt is put into; \n is a line break
     n_layer: Positive = 2  # transformer blocks
     n_head: Positive = 4  # attention heads
     n_embd: Positive = 128  # channels
     block_size: Positive = 256  # the longest sequence
     # pretraining
-    texts: str = "toy"  # documents: toy, or .txt, a folder of .txt, or .jsonl with {"text": ...}
+    texts: Input = "toy"  # documents: toy, or .txt, a folder of .txt, or .jsonl with {"text": ...}
     toy_texts: Positive = 16000  # how many toy documents
     pretrain_epochs: Positive = 1  # passes over the documents
     pretrain_batch_size: Positive = 8  # documents a step
     pretrain_lr: Rate = 4e-3  # peak learning rate
     # fine-tuning
-    demonstrations: str = "toy"  # toy, or a .jsonl file
+    demonstrations: Input = "toy"  # toy, or a .jsonl file
     toy_demonstrations: Positive = 4500  # how many toy demonstrations
     epochs: Positive = 2  # passes over the demonstrations, as InstructGPT's start of PPO
     batch_size: Positive = 32  # demonstrations a step
     lr: Rate = 1.5e-3  # peak learning rate
     pretrain_mix: Rate = 0.1  # documents per demonstration, mixed in (InstructGPT C.3: 0.1)
     dropout: Annotated[float, 0, 0.99] = 0.0  # on residual branches (16-epoch baseline: 0.2)
-    reward_model: str = ""  # folder of a reward model: keep the epoch whose answers it scores best
+    reward_model: Input = ""  # folder of a reward model: keep the epoch whose answers it likes best
     held_out: Annotated[float, 0, 0.9] = 0.03  # share of the data that only measures the loss
 
 
@@ -80,12 +82,13 @@ def pretrain(config: Config, asked: list[str]) -> dict:
     torch.manual_seed(seed_of(config.seed, "init"))
     model = to_device(GPT(GPTConfig(codec.tokenizer.n_vocab, *sizes)), config)
     optimizer = adam([(model, config.pretrain_lr)])
-    run = Run("base", config, config.base, model.config, codec, optimizer, model=model)
     texts = data.texts(config.texts, config.toy_texts, config.seed)
     pairs = shuffled(documents(texts, codec, config.block_size), config.seed, "documents")
-    n = max(1, int(config.held_out * len(pairs)))
-    epochs, batch_size = config.pretrain_epochs, config.pretrain_batch_size
-    return train(run, pairs[:n], pairs[n:], epochs, batch_size, asked)
+    held_out, training = hold_out(pairs, config.held_out, key=id)
+    claim(config.base, config.resume)
+    run = Run("base", config, config.base, model.config, codec, optimizer, model=model)
+    passes = (config.pretrain_epochs, config.pretrain_batch_size)
+    return train(run, held_out, training, *passes, asked)
 
 
 def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
@@ -95,14 +98,15 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
     codec.check_vocabulary(model.config.vocab_size)
     model, block_size = to_device(model, config), model.config.block_size
     pairs = [pair for _, own in fitting(rows, codec, block_size) for pair in own]
-    n = max(1, int(config.held_out * len(pairs)))
-    held_out, training = split_held_out(pairs, n, key=lambda pair: tuple(pair[0]))
+    held_out, training = hold_out(pairs, config.held_out, key=lambda pair: tuple(pair[0]))
     if n_mixed := round(config.pretrain_mix * len(pairs)):
         world = (config.toy_texts, config.seed, config.demonstrations)
         texts = data.texts_to_mix(config.texts, *world)[:n_mixed]  # a text is at least one document
         training += documents(texts, codec, block_size)[:n_mixed]
     optimizer = adam([(model, config.lr)])
-    run = Run("sft", config, config.out, model.config, codec, optimizer, model=model)
+    claim(config.out, config.resume)
+    read = {"base": config.base} if config.init == "scratch" else {}
+    run = Run("sft", config, config.out, model.config, codec, optimizer, read, model=model)
     last = train(run, held_out, training, config.epochs, config.batch_size, asked)
     return keep_best_epoch(run) if config.reward_model else last
 
@@ -111,10 +115,6 @@ def train(
     run: Run, held_out: Pairs, pairs: Pairs, epochs: int, batch_size: int, asked: list[str]
 ) -> dict:
     """Trains on pairs; measures the held-out loss and samples answers about eight times."""
-    if not pairs:
-        raise UserError(
-            f"{run.stage}: {len(held_out)} rows are held out, none is left to train on; add more"
-        )
     config, model = run.config, run.modules["model"]
     steps = epochs * steps_per_epoch(pairs, batch_size)
     for step in run.steps(steps):
@@ -184,8 +184,18 @@ def keep_best_epoch(run: Run) -> dict:
     return run.metrics[-1]
 
 
-@precision
+@program
 def main(config: Config) -> dict:
+    outs = {"out": config.out}
+    if config.init == "scratch":
+        outs["base"] = config.base
+        if Path(config.base).resolve() == Path(config.out).resolve():
+            raise UserError(f"--base and --out are both {config.out}; choose two folders")
+    else:
+        sizes = ("tokenizer", "n_layer", "n_head", "n_embd", "block_size")
+        pretraining = ("pretrain_epochs", "pretrain_batch_size", "pretrain_lr")
+        name_unused(config, "with --init", *sizes, *pretraining)
+    keep_apart(config, outs)
     rows = data.demonstrations(config.demonstrations, config.toy_demonstrations, config.seed)
     asked = [row["prompt"] for row in rows[:3]]  # the first rows are held out
     metrics = {"base": pretrain(config, asked)} if config.init == "scratch" else {}

@@ -170,20 +170,16 @@ class Person:
         return round(share * both), both
 
 
-def rank_by_hand(
-    sample: Callable[[], list[dict]], folder: str | Path, seed: int, resume: bool
-) -> None:
+def rank_by_hand(sample: Callable[[], list[dict]], folder: str | Path, seed: int) -> None:
     """A person ranks the items of sample(); quitting before the last one ends the program.
 
     The items stay in responses.jsonl, since who resumes must be asked about the same ones.
     """
     path = Path(folder) / "responses.jsonl"
-    if not resume:
-        check_no_answers(folder)
-    if not resume or not path.exists():
+    if not path.exists():
         save_records(path, sample())
     person = Person(load_comparisons(path), folder, seed)
     if not person.rank_all():
-        trains = f"; or --labeler file --comparisons {person.output} trains now"
+        trains = f"; or --labeler file --comparisons {person.output} --out NEW trains now"
         print("--resume continues" + (trains if person.comparisons() else ""))
         raise SystemExit(0)

@@ -134,10 +134,13 @@ def load_unsharded(model: nn.Module, weights: dict[str, Tensor]) -> None:
     dcp.set_model_state_dict(model, weights, options=FULL)
 
 
-def full_state(modules: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """{module: its state_dict, ..., "optimizer": its own}, unsharded, for rank 0 alone."""
-    state = {name: unsharded_weights(m, FULL_ON_CPU) for name, m in modules.items()}
-    found = dcp.get_optimizer_state_dict(modules, optimizer, options=FULL_ON_CPU)
+def full_state(
+    modules: nn.ModuleDict, optimizer: torch.optim.Optimizer, everywhere: bool = False
+) -> dict[str, dict]:
+    """{module: its state_dict, ..., "optimizer": its own}, unsharded, for rank 0 or everywhere."""
+    options = FULL if everywhere else FULL_ON_CPU
+    state = {name: unsharded_weights(m, options) for name, m in modules.items()}
+    found = dcp.get_optimizer_state_dict(modules, optimizer, options=options)
     return state | {"optimizer": found}
 
 

@@ -19,7 +19,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -216,6 +216,19 @@ def is_plain_text(path: str | Path) -> bool:
 
 
 @contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Inside, an OSError without a file name, such as that of a full disk, gets this one."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's own
+        if not isinstance(cause, OSError):
+            raise
+        cause.filename = cause.filename or str(path)
+        raise cause from None
+
+
+@contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which takes its name when it is complete and on disk, or never."""
     path = Path(path)
@@ -224,7 +237,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # a crash after the renaming must not leave an empty file
@@ -235,6 +248,19 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(path: str | Path, text: str) -> None:
+    """Adds the text to the file, all of it or, on a full disk, nothing."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        size, content = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            written = file.write(content)
+            if written < len(content):
+                file.write(content[written:])
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -253,7 +279,41 @@ def save_records(path: str | Path, records: Iterable[Mapping[str, object]]) -> N
         file.write(gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
 
 
+def strict_json(value: dict, indent: int | None = None) -> str:
+    """The value as JSON; NaN and infinities become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 # ---- what every program needs ----
+
+
+class Console:
+    """A stream that never fails: without a reader, or on a full disk, it writes to nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # escape what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.unfailing():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.unfailing():
+            self.stream.flush()
+
+    @contextmanager
+    def unfailing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextmanager
@@ -262,14 +322,10 @@ def one_line_errors(where: Callable[[], str] = lambda: "") -> Iterator[None]:
 
     `where` adds what only the moment of the error knows, such as the step that was reached.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # escape what the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
-        print(end="", flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; the flush at exit must not fail either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+            yield
+            print(end="", flush=True)
     except (UserError, OSError) as error:
         print(f"error: {error}{where()}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -290,6 +346,14 @@ def split_held_out(rows: list, n: int, key: Callable) -> tuple[list, list]:
     while groups and len(held_out) < n:
         held_out += groups.pop(next(iter(groups)))
     return held_out, [row for row in rows if key(row) in groups]
+
+
+def hold_out(rows: list, share: float, key: Callable) -> tuple[list, list]:
+    """split_held_out of a share of the rows, one at least; UserError if it leaves none to train."""
+    held_out, training = split_held_out(rows, max(1, int(share * len(rows))), key)
+    if not training:
+        raise UserError(f"{len(held_out)} rows are held out, none is left to train on; add more")
+    return held_out, training
 
 
 def pair_accuracy(scores: list[list[float]], ranks: list[list[int]]) -> tuple[float, float, int]:

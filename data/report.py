@@ -1,7 +1,6 @@
 """What is printed and written about models: their comparison, and the report of a reward model."""
 
 import itertools
-import json
 import math
 import textwrap
 import time
@@ -12,8 +11,8 @@ from types import ModuleType
 import torch
 
 from data import labeler
-from data.records import atomic, printable
-from data.run import lock
+from data.folders import lock
+from data.records import atomic, printable, strict_json
 
 # the columns of the comparison, and their titles in the printed table
 TITLES = {"gold": "rubric", "win_rate": "win rate", "human_win_rate": "by hand", "score": "score"}
@@ -26,12 +25,6 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """The mean and the half-width of its 95 % interval (normal approximation)."""
     x = torch.tensor(values, dtype=torch.float64)
     return x.mean().item(), 1.96 * x.std().item() / len(x) ** 0.5
-
-
-def strict_json(value: dict) -> str:
-    """The value as JSON; NaN and infinities become null."""
-    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=1, allow_nan=False)
 
 
 def wins(own: list[float], other: list[float]) -> list[float]:
@@ -122,7 +115,7 @@ def finish(
     blocks = list(map(printable, blocks))
     results = {"seed": config.seed, "seconds": time.time() - started, "rows": rows}
     with atomic(Path(config.out) / "results.json") as file:
-        file.write(strict_json(results | {"best_of_n": curve}).encode())
+        file.write(strict_json(results | {"best_of_n": curve}, indent=1).encode())
     with atomic(Path(config.out) / "comparison.txt") as file:
         file.write(("\n\n".join(blocks) + "\n").encode())
     print("\n".join(blocks[: len(answered) + 1]) + "\n")

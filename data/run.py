@@ -6,36 +6,34 @@ import atexit
 import functools
 import inspect
 import io
-import json
 import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import torch
 from tqdm import tqdm
 
-from data import processes
+from data import folders, processes
 from data.processes import gather, rank_and_world, resolve_device
-from data.records import UserError, atomic, one_line_errors, printable, remove_unfinished
+from data.records import UserError, append, atomic, one_line_errors, printable, strict_json
 from data.weights import unpickle
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 Count = Annotated[int, 0, math.inf]  # the type of a field holds the bounds of its flag
 Positive = Annotated[int, 1, math.inf]
 Rate = Annotated[float, 0, math.inf]
 Share = Annotated[float, 0, 1]
+Kind = TypeVar("Kind")
+Free = Annotated[Kind, "free"]  # decides no number: a resumed run may have another value
+Input = Annotated[str, "input"]  # what is read: a resumed run compares what stands there
 
 
 @dataclass
@@ -43,20 +41,23 @@ class RunConfig:
     """The flags that every stage has: a field is a flag, and its trailing comment is the help."""
 
     seed: int = 0  # every random number is a function of (seed, stage, step)
-    device: str = "auto"  # cpu, cuda, or auto: cuda where it is available
-    dtype: str = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
-    max_tokens: Positive = 16384  # tokens in one network pass: lower it when memory runs out
-    recompute: bool = False  # recompute activations in the backward pass: less memory, 4/3 the time
-    shard: bool = False  # spread weights, gradients and optimiser states over torchrun's processes
-    save_every: Positive = 100  # steps between checkpoints
-    resume: bool = False  # continue the run in --out from its last checkpoint, bit for bit
+    device: Free[str] = "auto"  # cpu, cuda, or auto: cuda where it is available
+    dtype: Free[str] = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
+    max_tokens: Free[Positive] = 16384  # tokens in one network pass: lower it when memory runs out
+    recompute: Free[bool] = False  # recompute activations in the backward pass: less memory, slower
+    shard: Free[bool] = False  # spread weights, gradients and optimiser over torchrun's processes
+    save_every: Free[Count] = 0  # steps between checkpoints; 0: as often as costs 5 % of the time
+    resume: Free[bool] = False  # continue the run in --out from its last checkpoint, bit for bit
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, bounds = getattr(self, field.name), get_args(field.type)[1:]
-            if bounds and not (bounds[0] <= value <= bounds[1] and value < math.inf):
-                low, high = bounds
-                raise UserError(f"--{field.name} {value}: expected a number, {low} to {high}")
+            value, (kind, *marks) = getattr(self, field.name), (*get_args(field.type), field.type)
+            value = value.item() if hasattr(value, "item") else value  # a numpy number
+            setattr(self, field.name, str(value) if kind is str else value)  # str: of a Path
+            if marks and type(marks[0]) in (int, float):
+                low, high = marks[:2]
+                if not (low <= value <= high and value < math.inf):
+                    raise UserError(f"--{field.name} {value}: expected a number, {low} to {high}")
 
 
 def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None = None) -> Any:
@@ -95,25 +96,43 @@ def command(main: Callable[[Any], Any], config_class: type, presets: dict[str, d
             print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
         except RuntimeError as error:  # torch's own, on a GPU and on a CPU
+            if "closed by peer" in str(error):
+                raise UserError("another process has ended; its own message says why") from None
             if "memory" not in str(error):
                 raise
             line = str(error).splitlines()[0]
             raise UserError(f"{line:.200}; lower --max_tokens, then --batch_size") from None
 
 
-def precision(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
-    """Runs main(config) under the autocast of --dtype: the one place that decides precision."""
+def program(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """What surrounds main(config) of a stage: the autocast of --dtype, which decides precision.
+
+    However main ends, the steps that were made are saved and its folders are free for others.
+    """
 
     @functools.wraps(main)
     def wrapped(config: RunConfig) -> dict:
         if config.dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtype {config.dtype} is unknown; choose float32 or bfloat16")
         device, low = resolve_device(config.device).type, config.dtype == "bfloat16"
-        # no cache of cast weights: they would be stale after an optimiser step
-        with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
-            return main(config)
+        Run.active_run, held = None, set(folders.LOCKS)
+        try:
+            # no cache of cast weights: they would be stale after an optimiser step
+            with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
+                return main(config)
+        finally:
+            if Run.active_run:
+                Run.active_run.save_whole_step()
+            folders.free([folder for folder in folders.LOCKS if folder not in held])
 
     return wrapped
+
+
+def name_unused(config: RunConfig, because: str, *names: str) -> None:
+    """Says which of these flags were given, although they have no effect here."""
+    given = [f for f in fields(config) if getattr(config, f.name) != f.default]
+    if unused := [f"--{f.name} {getattr(config, f.name)}" for f in given if f.name in names]:
+        print(f"without effect {because}: {', '.join(unused)}")
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
@@ -125,6 +144,11 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
     return tqdm(desc=title, total=total, ncols=80, bar_format=layout, **options)
 
 
+INSTEAD = {  # of resuming a run with other settings
+    "base": "fine-tune it as it is: --init {}",
+    "sft": "train it further: --init {} --out NEW",
+    "ppo": "train it further: --init {} --out NEW",
+}
 FORMAT = 2  # of checkpoint.pt
 KEYS = {"stage": str, "config": dict, "gpt": dict, "codec": dict, "step": int, "metrics": list}
 KEYS |= {"samples": str, "inputs": dict, "resolved": dict, "model": dict, "training": dict}
@@ -159,23 +183,6 @@ def load_checkpoint(folder: str | Path) -> dict:
     return saved
 
 
-LOCKS: dict[Path, Any] = {}  # open files: a lock ends with its process
-
-
-def lock(folder: str | Path) -> None:
-    """Makes the folder and keeps other processes out of it; UserError if another one has it."""
-    folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl and folder not in LOCKS and rank_and_world()[0] == 0:
-        LOCKS[folder] = open(folder / ".lock", "ab")
-        try:
-            fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOCKS.pop(folder).close()
-            raise UserError(f"{folder} is in use by another run; choose another --out") from None
-        remove_unfinished(folder)
-
-
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside, a first Ctrl-C or SIGTERM is only noted, so that the step can end; a second acts."""
@@ -201,38 +208,40 @@ class Run:
 
     The checkpoint holds the networks `modules`, unsharded, of which later stages load "model"; the
     state of the optimiser; and `extra`, a dict of numbers and tensors that a stage may fill. `gpt`
-    is the dataclass of the network's sizes; `codec` has a state_dict().
+    is the dataclass of the network's sizes; `codec` has a state_dict(); `read` names inputs that no
+    flag of type Input names. What was read has to be the same when the run is resumed.
     """
 
     active_run: "Run | None" = None  # the run that is in steps()
 
     def __init__(
-        self, stage: str, config: RunConfig, folder: str, gpt, codec, optimizer, **modules
+        self, stage: str, config: RunConfig, folder: str, gpt, codec, optimizer, read=(), **modules
     ):
         self.stage, self.config, self.folder = stage, config, Path(folder)
         self.gpt, self.codec, self.optimizer = gpt, codec, optimizer
         self.modules, self.extra = torch.nn.ModuleDict(modules), {}
         self.step, self.metrics, self.samples = 0, [], ""
         self.saved = None  # steps that the checkpoint holds
-        self.is_writer = rank_and_world()[0] == 0
-        lock(folder)
+        self.saved_at, self.saving = -math.inf, 0.0  # when that was, and how many seconds it took
+        self.changed = False  # has this step changed weights?
+        optimizer.register_step_pre_hook(lambda *_: setattr(self, "changed", True))
+        rank, world = rank_and_world()
+        self.is_writer = rank == 0
+        places = folders.inputs(config, free=False) | dict(read)
+        self.inputs = {name: folders.fingerprint(place) for name, place in places.items()}
+        device, dtype = str(resolve_device(config.device)), config.dtype
+        self.resolved = {"device": device, "dtype": dtype, "attention": "plain"}
+        self.resolved["processes"] = world
         if config.resume and (self.folder / "checkpoint.pt").exists():
             self._restore()
         elif config.resume:
             print(f"{self.folder} has no checkpoint to resume from: {stage} begins at step 0")
-        self.write("config.json", json.dumps(asdict(config), indent=1))
         self.write("metrics.jsonl", self.metrics_lines())
         self.write("samples.txt", self.samples)
 
     def _restore(self) -> None:
-        saved, ours = load_checkpoint(self.folder), asdict(self.config)
-        for name, value in saved["config"].items():
-            same = str(ours.get(name)) == str(value)  # as text, since nan != nan
-            if name not in ("resume", "save_every") and not same:
-                raise UserError(
-                    f"{self.folder} was made with --{name} {value}, not {ours.get(name)}; "
-                    "resume it with the same value, or choose another folder"
-                )
+        saved = load_checkpoint(self.folder)
+        self._check_same(saved)
         training = saved["training"] | {"model": saved["model"]}
         try:
             processes.load_full_state(self.modules, self.optimizer, training)
@@ -243,10 +252,38 @@ class Run:
         self.step, self.metrics, self.samples = saved["step"], saved["metrics"], saved["samples"]
         self.saved = self.step
 
-    def save(self) -> None:
-        """Writes checkpoint.pt; on return it is on disk for every process."""
-        training = processes.full_state(self.modules, self.optimizer) | {"extra": self.extra}
-        device, dtype = str(resolve_device(self.config.device)), self.config.dtype
+    def _check_same(self, saved: dict) -> None:
+        """UserError unless the checkpoint was made with the same settings and inputs."""
+        if saved["stage"] != self.stage:
+            raise UserError(f"{self.folder} holds a run of {saved['stage']}, not of {self.stage}")
+        marks = {field.name: get_args(field.type) for field in fields(self.config)}
+        names = [name for name in marks if not {"free", "input"} & set(marks[name])]
+        theirs, ours = saved["config"] | saved["resolved"], asdict(self.config) | self.resolved
+        for name in [*names, "dtype", "attention"]:
+            value = theirs.get(name)
+            if str(value) != str(ours[name]):  # as text, since nan != nan
+                way = INSTEAD.get(self.stage, "start anew without --resume")
+                raise UserError(
+                    f"{self.folder} was made with --{name} {value}, not {ours[name]}; resume it "
+                    f"with the same value, or {way.format(self.folder)}"
+                )
+        for name in [n for n, found in self.inputs.items() if saved["inputs"].get(n) != found]:
+            if name != "reward":  # whose source may have been repaired
+                raise UserError(
+                    f"{self.folder} was made with another --{name} than {ours[name] or 'now'}: "
+                    "what is read has changed; restore it, or start anew without --resume"
+                )
+            print(f"--reward {ours[name]} has changed since {self.folder} was saved")
+        if (were := theirs["processes"]) != (now := self.resolved["processes"]):
+            print(f"{were} processes before, {now} now: sampling draws other random numbers")
+
+    def save(self, by_itself: bool = False) -> None:
+        """Writes checkpoint.pt; on return it is on disk for every process.
+
+        by_itself: this process writes, whatever the others do; a sharded run cannot.
+        """
+        began = time.monotonic()
+        training = processes.full_state(self.modules, self.optimizer, everywhere=by_itself)
         checkpoint = {
             "format": FORMAT,
             "stage": self.stage,
@@ -256,16 +293,32 @@ class Run:
             "step": self.step,
             "metrics": self.metrics,
             "samples": self.samples,
-            "inputs": {},
-            "resolved": {"device": device, "dtype": dtype, "attention": "plain"},
+            "inputs": self.inputs,
+            "resolved": self.resolved,
             "model": training.pop("model"),
-            "training": training,
+            "training": training | {"extra": self.extra},
         }
-        if self.is_writer:
+        if self.is_writer or by_itself:
             with atomic(self.folder / "checkpoint.pt") as file:
                 torch.save(checkpoint, file)
+        self.write("config.json", strict_json(asdict(self.config), indent=1))
         self.saved = self.step
-        gather(None)  # barrier: wait for rank 0 to finish writing
+        if not by_itself:
+            gather(None)  # barrier: wait for rank 0 to finish writing
+        self.saved_at = time.monotonic()
+        self.saving = self.saved_at - began
+
+    def save_whole_step(self) -> None:
+        """Saves what the steps before this one made, if this one has changed no weights yet."""
+        if not self.changed and self.step > (self.saved or 0) and not self.config.shard:
+            del self.metrics[self.step :]
+            self.save(by_itself=True)
+
+    def is_due(self) -> bool:
+        """Whether to save now: that costs at most 5 % of the time, or ten minutes have passed."""
+        if self.config.save_every:
+            return self.step % self.config.save_every == 0
+        return time.monotonic() - self.saved_at >= min(20 * self.saving, 600)
 
     def steps(self, total: int) -> Iterator[int]:
         """The remaining steps, with a progress bar; a step's metrics are written when it ends."""
@@ -274,17 +327,19 @@ class Run:
             for step in range(self.step, total):
                 self.metrics.append({"step": step})
                 yield step
-                self.write("metrics.jsonl", json.dumps(self.metrics[-1]) + "\n", append=True)
+                self.append("metrics.jsonl", strict_json(self.metrics[-1]) + "\n")
                 bar.set_postfix_str(self.shown, refresh=False)
                 bar.update()
-                self.step = step + 1
-                stopped = any(gather(bool(caught)))  # all processes end after the same step
-                if self.step % self.config.save_every == 0 or self.step == total or stopped:
+                self.step, self.changed = step + 1, False
+                # all processes save, or end, after the same step; the first one's clock decides
+                signals, due = zip(*gather((caught[:1], self.is_due())), strict=True)
+                stopped = [number for found in signals for number in found]
+                if due[0] or self.step == total or stopped:
                     self.save()
                 if stopped:
                     done = f"{self.folder}: saved after step {self.step} of {total}"
                     print(f"\n{done}; --resume continues", file=sys.stderr)
-                    raise SystemExit(128 + (caught or [signal.SIGTERM])[0])
+                    raise SystemExit(128 + stopped[0])
         Run.active_run = None
 
     @classmethod
@@ -312,14 +367,17 @@ class Run:
         """A block of text for a person to read, appended to samples.txt."""
         block = "\n".join(map(printable, lines)) + "\n\n"
         self.samples += block
-        self.write("samples.txt", block, append=True)
+        self.append("samples.txt", block)
 
     def metrics_lines(self) -> str:
-        return "".join(json.dumps(line) + "\n" for line in self.metrics)
+        return "".join(strict_json(line) + "\n" for line in self.metrics)
 
-    def write(self, name: str, text: str, append: bool = False) -> None:
-        """Writes a file of the folder, whole or not at all; or appends to it."""
-        path = self.folder / name
+    def write(self, name: str, text: str) -> None:
+        """Writes a file of the folder, whole or not at all."""
         if self.is_writer:
-            with open(path, "ab") if append else atomic(path) as file:
+            with atomic(self.folder / name) as file:
                 file.write(text.encode())
+
+    def append(self, name: str, text: str) -> None:
+        if self.is_writer:
+            append(self.folder / name, text)

@@ -22,7 +22,7 @@ from torch import Tensor  # noqa: E402
 import data  # noqa: E402
 import ppo  # noqa: E402
 from data.processes import generator  # noqa: E402
-from data.run import command, load_checkpoint, precision  # noqa: E402
+from data.run import command, load_checkpoint, program  # noqa: E402
 from data.tokenizer import Codec  # noqa: E402
 from model import GPT, ScalarModel, adam, batches, generate, pack, token_logprobs  # noqa: E402
 
@@ -243,7 +243,7 @@ def verdicts(setup: Setup) -> Iterator[tuple[Callable[[Setup], Verdict], bool, s
             yield check, *check(setup)
 
 
-@precision
+@program
 def main(config: ppo.Config) -> None:
     """Prints a line for each check; exit status 2 if one fails."""
     began, failed = time.time(), 0

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
+from data.folders import lock
 from data.processes import batch_at
 from data.records import UserError
 from data.report import mean_and_interval
-from data.run import RunConfig, lock, stop_signals
+from data.run import RunConfig, stop_signals
 from data.tokenizer import Codec, documents, get_tokenizer
 from model import (
     GPT,
@@ -858,7 +859,7 @@ def test_a_second_signal_acts():
 
 def test_a_run_that_is_refused_removes_nothing(tmp_path):
     """The other run may be writing just now."""
-    code = f"import sys; from data.run import lock; lock({str(tmp_path)!r})\n"
+    code = f"import sys; from data.folders import lock; lock({str(tmp_path)!r})\n"
     code += "print('held', flush=True); sys.stdin.read()"
     unfinished = tmp_path / ".checkpoint.pt.1.tmp"
     with subprocess.Popen(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from data import labeler, report, toy
-from data.records import UserError
+from data.records import UserError, strict_json
 
 GHOST = "Tell me a spooky story about a ghost."
 
@@ -124,8 +124,8 @@ def test_whoever_judges_nothing_gets_no_win_rate(monkeypatch, tmp_path):
 def test_what_is_no_finite_number_is_null():
     value = {"a": math.nan, "b": [1.5, math.inf, (2, -math.inf)], "c": {"d": math.nan, "e": None}}
     expected = {"a": None, "b": [1.5, None, [2, None]], "c": {"d": None, "e": None}}
-    assert strictly(report.strict_json(value)) == expected
-    assert report.strict_json({"a": True, "b": "x"}) == '{\n "a": true,\n "b": "x"\n}'
+    assert strictly(strict_json(value)) == expected
+    assert strict_json({"a": True, "b": "x"}, indent=1) == '{\n "a": true,\n "b": "x"\n}'
 
 
 def a_row(name: str, **values: float | None) -> dict:
