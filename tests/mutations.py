@@ -2,11 +2,13 @@
 
     python tests/mutations.py             # all; about 30 minutes on one core, a line for each bug
     python tests/mutations.py kl_sign     # those whose name contains this
+    python tests/mutations.py --random 150 --seed 1   # mistakes made by rule, of mistakes.py
 
 Many of the bugs have stood in a published implementation. A test of its own makes sure that each of
 them can still be put into the code as it is.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -15,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import mistakes
 
 ROOT = Path(__file__).parents[1]
 PPO, MODEL, REWARD, SFT, RUNS = "ppo", "model", "reward", "sft", "pipeline"  # tests/test_*.py
@@ -272,7 +276,16 @@ def seen(bug: tuple[str, str, str, str, str], folder: Path) -> list[str]:
 
 
 def main() -> None:
-    chosen = [bug for bug in BUGS if not sys.argv[1:] or sys.argv[1] in bug[0]]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", nargs="?", default="")
+    parser.add_argument("--random", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    if flags.random:
+        return mistakes.main(flags.random, flags.seed)
+    chosen = [bug for bug in BUGS if flags.name in bug[0]]
     with tempfile.TemporaryDirectory() as temporary:
         folder, survivors, sound = Path(temporary) / "copy", [], set()
         outputs = shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", ".*_cache")
