@@ -1,9 +1,11 @@
 """PPO's equations against numbers by hand, and the whole objective against its optimum."""
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,8 @@ from torch import tensor
 import data
 import ppo
 from data import toy
-from data.records import UserError, save_records
+from data.processes import shuffled
+from data.records import UserError, printable, save_records
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, generate, pack, token_logprobs
 from ppo import adapt_kl_coef, gae, kl_penalised_rewards, policy_loss, value_loss, whiten
@@ -134,6 +137,197 @@ def test_a_rollout_is_sampled_and_scored_at_the_temperature():
     rollout = ppo.make_rollout(models, prompts, config, 0.1, seeds[0])
     assert rollout.responses == cold != warm
     close(rollout.old_logprobs, token_logprobs(models.policy, pack(prompts, cold), 0.5)[0].detach())
+
+
+def by_hand(models, rollout, config, kl_coef):
+    """Scores, returns and whitened advantages, from one token of one response to the one before."""
+    scores, returns, advantages = [], [], []
+    for prompt, response in zip(rollout.prompts, rollout.responses, strict=True):
+        batch, ended = pack([prompt], [response]), response[-1] == models.codec.eos
+        policy, reference = (
+            token_logprobs(network, batch, config.temperature)[0].tolist()
+            for network in (models.policy, models.ref_policy)
+        )
+        values = [*models.value_model.values(batch).tolist(), 0.0]
+        score = models.reward_model.score(batch).item() if ended else config.missing_eos_score
+        rewards = [-kl_coef * (p - q) for p, q in zip(policy, reference, strict=True)]
+        rewards[-1] += score
+        advantage, own = 0.0, []
+        for t in reversed(range(len(response))):
+            delta = rewards[t] + config.gamma * values[t + 1] - values[t]
+            advantage = delta + config.gamma * config.lam * advantage
+            own.insert(0, advantage)
+        scores.append(score)
+        advantages += own
+        returns += [a + v for a, v in zip(own, values, strict=False)]
+    mean = sum(advantages) / len(advantages)
+    deviation = (sum((a - mean) ** 2 for a in advantages) / len(advantages) + 1e-8) ** 0.5
+    return scores, returns, [(a - mean) / deviation for a in advantages]
+
+
+@torch.no_grad()
+def other_settings():
+    """Models that all differ, of whose responses to these prompts some end; flags that are no
+    defaults, and passes that hold a few tokens each."""
+    models, prompts = tiny_models(), [[1, 2], [3], [4, 5, 6], [7], [8, 9]]
+    for network, scale in ((models.ref_policy, 1.0), (models.value_model.gpt, 2.0)):
+        for p in network.parameters():
+            p.add_(torch.randn_like(p), alpha=scale)
+    flags = {"temperature": 0.7, "gamma": 0.9, "lam": 0.8, "missing_eos_score": -3.0}
+    config = ppo.Config(max_new_tokens=4, max_tokens=9, device="cpu", **flags)
+    seed = torch.Generator().manual_seed(0)
+    sampled = generate(models.policy, prompts, 4, models.codec.eos, 0.7, generator=seed)
+    models.codec.eos = sampled[2][1]  # the same random numbers draw it again
+    return models, prompts, config
+
+
+@torch.no_grad()
+def test_a_rollout_at_other_settings_by_hand():
+    models, prompts, config = other_settings()
+    seed = torch.Generator().manual_seed(0)
+    rollout = ppo.make_rollout(models, prompts, config, 0.3, seed)
+    assert rollout.prompts == prompts and rollout.lengths.tolist() == [4, 4, 2, 4, 4]
+    assert rollout.ended.tolist() == [0, 0, 1, 0, 0]
+    scores, returns, advantages = by_hand(models, rollout, config, 0.3)
+    close(rollout.scores, scores, 1e-5)
+    close(rollout.returns, returns, 1e-5)
+    close(rollout.advantages, advantages, 1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [10**6, 7])
+@pytest.mark.parametrize("value", ["model", "head"])
+def test_an_update_of_several_epochs_is_that_of_a_plain_loop(value, max_tokens):
+    """Minibatches of two responses and of one, with documents, and gradients that are clipped."""
+    flags = {"minibatch_size": 2, "ppo_epochs": 2, "temperature": 0.7, "cliprange": 0.1}
+    flags |= {"value": value, "vf_coef": 0.3, "ptx_coef": 0.5, "ptx_ratio": 1.5, "device": "cpu"}
+    config, key = ppo.Config(max_tokens=max_tokens, **flags), (0, "ppo", 0)
+    pages = [([1], [2, 3, 4, 5]), ([6], [7]), ([8], [9, 10, 0]), ([3], [3, 3])]
+    rollout = made_rollout()
+
+    def start():
+        models = tiny_models()
+        models.documents = pages
+        if value == "head":
+            models.value_model = ScalarModel(models.policy, shared=True)
+        parts = [models.policy, models.value_model.head if value == "head" else models.value_model]
+        groups = [{"params": list(part.parameters()), "peak_lr": 0.5} for part in parts]
+        return models, torch.optim.SGD(groups)
+
+    models, optimizer = start()
+    stats = ppo.update(models, optimizer, rollout, config, 0.4, key)
+    plain, optimizer = start()
+    groups, found, drawn = [group["params"] for group in optimizer.param_groups], [], []
+    for epoch in range(2):
+        order = shuffled(range(3), *key, epoch)
+        for i, n in ((0, 3), (2, 2)):  # documents: 1.5 for each response, rounded up
+            old = rollout.select(order[i : i + 2])
+            batch = pack(old.prompts, old.responses)
+            logprobs, entropy = token_logprobs(plain.policy, batch, 0.7)
+            values = plain.value_model.values(batch)
+            losses = [policy_loss(logprobs, old.old_logprobs, old.advantages, 0.1)]
+            losses.append(value_loss(values, old.old_values, old.returns, 0.2))
+            drawn.append(shuffled(pages, *key, epoch, i, "ptx")[:n])
+            texts = pack(*map(list, zip(*drawn[-1], strict=True)))
+            losses.append(-token_logprobs(plain.policy, texts)[0].mean())
+            weight = 0.3 if value == "head" else 1.0
+            (losses[0] + weight * losses[1] + 0.5 * losses[2]).backward()
+            norms = [torch.nn.utils.clip_grad_norm_(group, 1.0).item() for group in groups]
+            with torch.no_grad():
+                for p in [p for group in groups for p in group if p.grad is not None]:
+                    p -= 0.5 * 0.4 * p.grad
+                    p.grad = None
+            found.append([*(x.item() for x in (*losses, entropy.mean())), *norms])
+    for name in ("policy", "value_model"):
+        own, other = (getattr(m, name).parameters() for m in (models, plain))
+        for weight, expected in zip(own, other, strict=True):
+            close(weight, expected.detach(), 1e-5)
+    means = [sum(column) / 4 for column in zip(*found, strict=True)]
+    assert [stats["grad_norm"], stats["value/grad_norm"]] == pytest.approx(means[4:], rel=1e-4)
+    if max_tokens > 7:
+        names = ("policy/loss", "value/loss", "ptx/loss", "policy/entropy")
+        assert [stats[name] for name in names] == pytest.approx(means[:4], rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture
+def looped(tiny_base, monkeypatch, tmp_path):
+    """Runs the loop of three iterations over five prompts, with a rollout and an update that are
+    made up; what each of them was given."""
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    long = "Which soft things should the queen buy? " * 40
+    save_records(tmp_path / "prompts.jsonl", [{"prompt": p} for p in [long, *"bcdexy"]])
+    rollout, given = made_rollout(), SimpleNamespace(rollouts=[], updates=[], averages=[])
+
+    def make_rollout(models, prompts, config, kl_coef, seed):
+        given.rollouts.append((prompts, kl_coef))
+        return replace(rollout, prompts=prompts)
+
+    def update(models, optimizer, rollout, config, lr, key):
+        with torch.no_grad():
+            models.policy.ln_f.bias += 1.0
+        given.updates.append((rollout.prompts, lr, key))
+        return {"policy/loss": 0.5}
+
+    average = ppo.update_average
+
+    def update_average(mean, policy, decay):
+        average(mean, policy, decay)
+        given.averages.append(mean.ln_f.bias[0].item())
+
+    monkeypatch.setattr(ppo, "make_rollout", make_rollout)
+    monkeypatch.setattr(ppo, "update", update)
+    monkeypatch.setattr(ppo, "update_average", update_average)
+    flags = {"reward": f"{tmp_path}/mine.py:size", "prompts": str(tmp_path / "prompts.jsonl")}
+    flags |= {"iterations": 3, "batch_size": 3, "eval_prompts": 2, "max_new_tokens": 200, "lr": 0.5}
+    flags |= {"kl_coef": 0.4, "kl_target": 2.0, "kl_horizon": 30, "warmup": 1, "ema_decay": 0.75}
+    config = ppo.Config(sft=tiny_base, out=str(tmp_path / "ppo"), seed=5, device="cpu", **flags)
+    given.codec, given.long, given.folder = Codec.load(tiny_base), long, tmp_path / "ppo"
+    given.policies = ppo.train(config)
+    return given
+
+
+def test_the_loop_by_hand(looped):
+    """Prompts in turn, cut from the left; learning rates, keys, and the average after each."""
+    codec, room = looped.codec, 256 - 200
+    cut = codec.prompt(looped.long)[-room:]
+    asked = [cut, *map(codec.prompt, "bcde")]
+    prompts = [asked[i % 5] for i in range(9)]
+    assert [p for p, _ in looped.rollouts] == [prompts[:3], prompts[3:6], prompts[6:]]
+    assert [p for p, _, _ in looped.updates] == [p for p, _ in looped.rollouts]
+    # warm-up over one step, then .55 + .45 cos 0, and cos(pi / 2) half way to the end
+    rates = [lr for _, lr, _ in looped.updates]
+    assert rates == pytest.approx([0.5, 1.0, 0.55])
+    assert [key for _, _, key in looped.updates] == [(5, "ppo", step) for step in range(3)]
+    # policies at 1, 2 and 3: .25 · 1; .75 · .25 + .25 · 2 = .6875; .515625 + .75
+    assert looped.averages == pytest.approx([0.25, 0.6875, 1.265625])
+    assert [p.ln_f.bias[0].item() for p in looped.policies.values()] == pytest.approx([3, 1.265625])
+    assert list(looped.policies) == ["ppo", "ppo_ema"]
+    rows = [json.loads(x) for x in (looped.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([0.25, 0.5, 0.275])
+    assert [row["policy/loss"] for row in rows] == [0.5] * 3
+
+
+def test_the_penalty_follows_its_target_from_one_iteration_to_the_next(looped):
+    found = ppo.summary(replace(made_rollout(), prompts=[[0]] * 3), 0.0)["objective/kl"]
+    factor = 1 + (0.2 if found > 2.4 else -0.2) * 3 / 30  # far from the target on this side
+    assert abs(found / 2.0 - 1) > 0.2
+    expected = pytest.approx([0.4, 0.4 * factor, 0.4 * factor**2])
+    rows = [json.loads(x) for x in (looped.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [kl_coef for _, kl_coef in looped.rollouts] == expected
+    assert [row["kl_coef"] for row in rows] == expected
+    score = rows[0]["objective/score"]
+    assert [r["objective/reward"] for r in rows] == [
+        pytest.approx(score - row["kl_coef"] * found) for row in rows
+    ]
+
+
+def test_samples_are_of_the_first_and_the_last_iteration(looped):
+    text, codec = (looped.folder / "samples.txt").read_text(), looped.codec
+    answers = [codec.text(tokens) for tokens in made_rollout().responses]
+    heads = [f"[step 0, score +2.00] {looped.long}", "[step 0, score -1.00] b"]
+    heads += ["[step 0, score +0.50] c", "[step 2, score +2.00] b", "[step 2, score -1.00] c"]
+    heads += ["[step 2, score +0.50] d"]
+    blocks = zip(heads, answers * 2, strict=True)
+    assert text == "".join(f"{head}\n{printable(answer)}\n\n" for head, answer in blocks)
 
 
 def test_every_iteration_draws_anew(tiny_base, monkeypatch, tmp_path):
@@ -608,6 +802,84 @@ def test_the_pretraining_loss_is_of_pages_that_pretraining_has_not_seen(compared
         ppo.pretraining_loss(gpt, codec, replace(config, seed=seed))
     assert asked == [(300, -1)] * 2
     assert not set(pages(300, -1)) & set(pages(16000, 0))
+
+
+def test_the_comparison_by_hand(compared, tiny_base, monkeypatch, tmp_path):
+    """Who is asked what, how each number comes about, and what is written."""
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    gpt, codec, config = compared
+    files = {"sft": tiny_base, "base": tiny_base, "out": str(tmp_path / "out")}
+    flags = {"reward": f"{tmp_path}/mine.py:size", "eval_prompts": 2, "split": "dev"}
+    config = replace(config, max_new_tokens=60, **files, **flags)
+    texts = [row["prompt"] for row in toy.prompts(2, 0, "dev")]
+    good = [toy.write(toy.read_prompt(text), Random(0)) for text in texts]
+    assert [toy.gold(*pair) for pair in zip(texts, good, strict=True)] == [10, 10]
+    prompts, asked, repeated = [codec.prompt(text) for text in texts], [], []
+    for p in range(2):  # 16 answers, of which the eleventh is the longest
+        repeated += ["x" * (1 + (k == 10)) for k in range(16)] if p else ["y"] * 10 + [good[0]] * 6
+    answers = [["a", "bb"], ["c\nd", "e"], ["f", good[1]], ["gg", "h"], repeated, [good[0], "i"]]
+
+    def sample(model, prompts, codec, config, temperature=None):
+        asked.append((model.head_weight, prompts, temperature))
+        given = [codec.response(text) for text in answers[len(asked) - 1]]
+        return [tokens[:-1] if codec.text(tokens) == "e" else tokens for tokens in given]
+
+    monkeypatch.setattr(ppo, "sample", sample)
+    monkeypatch.setattr(ppo, "pretraining_loss", lambda model, *_: model.head_weight[0, 0].item())
+    other = copy.deepcopy(gpt)
+    with torch.no_grad():
+        other.wte.weight[7, 0] += 3.0
+    rows = {row["model"]: row for row in ppo.compare(config, {"mine": other}, 0.0)}
+    pages = [codec.tokenizer.encode_ordinary(toy.few_shot(text)) for text in texts]
+    plain = [prompts, [page[-(256 - 60) :] for page in pages], prompts, prompts]
+    thrice = [prompt for prompt in prompts for _ in range(16)]
+    assert [call[1] for call in asked] == [*plain, thrice, prompts]
+    assert [call[2] for call in asked] == [None, None, None, 0, None, None]
+    assert [call[0] is other.wte.weight for call in asked] == [False] * 5 + [True]
+
+    a, b = map(len, good)
+    expected = {  # score, rubric, win rate: over two prompts; the fine-tuned model has 0 and 10
+        "base": (1.5, 0, 0.25),
+        "prompted": (1, 0, 0.25),
+        "sft": ((1 + b) / 2, 5, None),
+        "sft_greedy": (1.5, 0, 0.25),
+        "best_of_16": ((a + 2) / 2, 5, 0.5),
+        "mine": ((a + 1) / 2, 5, 0.5),
+    }
+    found = {n: (row["score"], row["gold"], row["win_rate"]) for n, row in rows.items()}
+    assert found == expected and list(rows) == list(expected)
+    kl = ppo.kl_from(gpt, other, prompts, list(map(codec.response, answers[5])), config)
+    assert rows["mine"]["kl"] == pytest.approx(sum(kl) / 2, rel=1e-4) and abs(sum(kl)) > 1e-3
+    assert [rows[n]["kl"] for n in ("base", "prompted", "sft", "sft_greedy")] == [0, None, 0, None]
+    assert rows["best_of_16"]["kl"] == pytest.approx(1.8351, abs=1e-4)
+    losses = [row["pretraining_loss"] for row in rows.values()]
+    corner = gpt.wte.weight[0, 0].item()
+    assert losses == [corner, None, corner, None, None, corner]
+    assert [row["eos_rate"] for row in rows.values()] == [1, 0.5, 1, 1, 1, 1]
+    saved = json.loads((tmp_path / "out/results.json").read_text())
+    assert saved["rows"] == list(rows.values())
+    curve = [(point["n"], point["score"], point["gold"]) for point in saved["best_of_n"]]
+    late = ((a + 2) / 2, 5)
+    assert curve == [(1, 1, 0), (2, 1, 0), (4, 1, 0), (8, 1, 0), (16, *late)]
+    shown = (tmp_path / "out/comparison.txt").read_text()
+    first = ["a", "c", "f", "gg", good[0], good[0]]
+    blocks = [f"[{name}] {text}\n\n" for name, text in zip(expected, first, strict=True)]
+    assert shown.startswith(f"== {texts[0]}\n\n" + "".join(blocks) + f"== {texts[1]}\n\n")
+
+
+def test_without_a_rubric_and_a_base_model_the_rest_is_compared(
+    compared, tiny_base, monkeypatch, tmp_path
+):
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    save_records(tmp_path / "prompts.jsonl", [{"prompt": p} for p in "abcd"])
+    gpt, codec, config = compared
+    flags = {"reward": f"{tmp_path}/mine.py:size", "prompts": str(tmp_path / "prompts.jsonl")}
+    files = {"sft": tiny_base, "base": "none", "out": str(tmp_path / "out")}
+    rows = ppo.compare(replace(config, eval_prompts=2, **files, **flags), {"mine": gpt}, 0.0)
+    assert [row["model"] for row in rows] == ["sft", "sft_greedy", "best_of_16", "mine"]
+    for row in rows:
+        assert (row["gold"], row["win_rate"], row["pretraining_loss"]) == (None, None, None)
+    assert rows[0] | {"model": "mine"} == rows[3]  # the same model, and random numbers
 
 
 def test_the_last_prompts_of_a_file_are_held_out(tmp_path):

@@ -13,6 +13,7 @@ from torch import tensor
 
 import reward
 from data import report, toy
+from data.processes import shuffled
 from data.records import UserError, save_records
 from data.run import Run
 from data.tokenizer import Codec, get_tokenizer
@@ -244,6 +245,79 @@ def test_a_step_follows_the_gradient_however_it_is_cut(max_tokens, cuts, monkeyp
     for own, old, gradient in zip(weights, before, expected, strict=True):
         change = old - own.detach()
         torch.testing.assert_close(change, gradient / max(1, norm), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [999, 12])
+def test_several_epochs_are_those_of_a_plain_loop(max_tokens, tmp_path):
+    """Two to four responses a prompt, with ties; two prompts a step, the last one alone."""
+    ranks = [[1, 2], [2, 1, 2], [1, 1, 2, 3], [1, 1], [3, 1, 2]]
+    comparisons = [
+        reward.Comparison({"ranks": r}, [([1 + b], [2 + b + k, EOS]) for k in range(len(r))])
+        for b, r in enumerate(ranks)
+    ]
+
+    def start():
+        torch.manual_seed(1)
+        model = ScalarModel(tiny_gpt())
+        return model, torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 0.5}])
+
+    flags = {"epochs": 2, "batch_size": 2, "seed": 3, "device": "cpu"}
+    config = reward.Config(max_tokens=max_tokens, **flags)
+    codec = Codec(get_tokenizer("toy"), "{prompt}")
+    model, optimizer = start()
+    run = Run("reward", config, tmp_path, model.gpt.config, codec, optimizer, model=model)
+    reward.train(run, comparisons)
+    plain, _ = start()
+    rates, losses = [], []
+    for step in range(6):
+        epoch, i = divmod(step, 3)
+        order = shuffled(range(5), 3, "reward", epoch)[2 * i :][:2]
+        own = [comparisons[b] for b in order if len(set(ranks[b])) > 1]
+        loss = sum(
+            ranking_loss(plain.score(pack(*map(list, zip(*c.pairs, strict=True)))), r, [len(r)])
+            for c, r in ((c, tensor(c.record["ranks"])) for c in own)
+        ) / max(1, len(own))  # fmt: skip
+        losses.append(loss.item() if own else 0.0)
+        rates.append(0.5 * (0.55 + 0.45 * math.cos(math.pi * step / 6)))
+        if own:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            with torch.no_grad():
+                for p in plain.parameters():
+                    p -= rates[-1] * p.grad
+                    p.grad = None
+    for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        close(weight, expected.detach(), 1e-5)
+    assert [row["lr"] for row in run.metrics] == pytest.approx(rates)
+    assert [row["loss"] for row in run.metrics] == pytest.approx(losses, abs=1e-5)
+
+
+def test_responses_are_collected_by_prompt_without_those_that_occur_again(
+    tiny_base, monkeypatch, tmp_path
+):
+    """Long prompts cut from the left, NUL in no record, and no prompt with a single response."""
+    codec, asked = Codec.load(tiny_base), []
+    long = "Which soft things should the queen buy? " * 40
+    save_records(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in [long, "b", "c"]])
+    answers = ["x", "y", "x", "y\0", "z", "u", "v", "v", "v"]
+
+    def generate(model, prompts, new, eos, temperature, **flags):
+        asked.append((prompts, new, eos, temperature, flags["generator"].initial_seed()))
+        return [codec.response(text) for text in answers]
+
+    monkeypatch.setattr(reward, "generate", generate)
+    flags = {"responses": 3, "max_new_tokens": 200, "temperature": 0.7, "device": "cpu"}
+    files = {"sft": tiny_base, "prompts": str(tmp_path / "prompts.jsonl")}
+    found = reward.collect(reward.Config(**flags, **files))
+    assert found == [
+        {"prompt": long, "responses": ["x", "y"]},
+        {"prompt": "b", "responses": ["z", "u"]},
+    ]
+    reward.collect(reward.Config(policy=tiny_base, **flags, **files))
+    prompts = [codec.prompt(long)[-(256 - 200) :], codec.prompt("b"), codec.prompt("c")]
+    thrice = [prompt for prompt in prompts for _ in range(3)]
+    assert [call[:4] for call in asked] == [(thrice, 200, codec.eos, 0.7)] * 2
+    assert asked[0][4] != asked[1][4]  # the policy's responses are drawn anew
 
 
 def test_new_comparisons_come_before_the_merged_ones(tmp_path):

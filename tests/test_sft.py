@@ -9,6 +9,7 @@ import torch
 from torch import tensor
 
 import sft
+from data.processes import shuffled
 from data.records import UserError, save_records
 from data.run import Run
 from data.tokenizer import Codec, Pair, get_tokenizer
@@ -165,6 +166,53 @@ def test_micro_batches_change_nothing(max_tokens, cuts, step):
         assert norm == pytest.approx(whole_norm, rel=1e-5)
         for own, other in zip(parts, whole, strict=True):
             torch.testing.assert_close(own, other * share, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [100, 12])
+def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_path):
+    """Two responses a step, the last one alone; and what is measured when."""
+    pairs, held_out = list(zip(PROMPTS, RESPONSES, strict=True)), [([1, 2], [3, 4, EOS])]
+    model, plain = tiny_gpt(), tiny_gpt()
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 0.5}])
+    flags = {"seed": 3, "max_tokens": max_tokens, "device": "cpu"}
+    codec, config = Codec(get_tokenizer("toy"), "{prompt}"), sft.Config(**flags)
+    run = Run("sft", config, tmp_path, model.config, codec, optimizer, model=model)
+    monkeypatch.setattr(sft, "answer", lambda run, prompts, step: [codec.response(f"{step}")])
+    last = sft.train(run, held_out, pairs, epochs=9, batch_size=2, asked=["Why?"])
+    losses, measured = [], []
+    for step in range(18):
+        epoch, i = divmod(step, 2)
+        chosen = [pairs[b] for b in shuffled(range(3), 3, "sft", epoch)[2 * i :][:2]]
+        loss = sft_loss(plain, pack(*map(list, zip(*chosen, strict=True))))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.5 * (0.55 + 0.45 * math.cos(math.pi * step / 18)) * p.grad
+                p.grad = None
+            losses.append(loss.item())
+            measured.append(sft_loss(plain, pack([[1, 2]], [[3, 4, EOS]])).item())
+    for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, atol=1e-5, rtol=0)
+    assert [row["loss"] for row in run.metrics] == pytest.approx(losses, abs=1e-5)
+    # an eighth of the steps is two, and the last step counts
+    times = [row["step"] for row in run.metrics if "held_out_loss" in row]
+    assert times == [0, 2, 4, 6, 8, 10, 12, 14, 16, 17]
+    found = [run.metrics[step]["held_out_loss"] for step in times]
+    assert found == pytest.approx([measured[step] for step in times], abs=1e-5)
+    assert last == run.metrics[-1]
+    blocks = "".join(f"[step {step}] Why?\n{step}\n\n" for step in times)
+    assert (tmp_path / "samples.txt").read_text() == blocks
+
+
+def test_an_answer_fits_into_the_context_behind_its_cut_prompt(tmp_path):
+    """At most 80 tokens, or half of a small context."""
+    codec, gpt = Codec(get_tokenizer("toy"), "{prompt}"), tiny_gpt()
+    run = Run("sft", sft.Config(device="cpu"), tmp_path, gpt.config, codec, None, model=gpt)
+    answers = sft.answer(run, [[1] * 5 + [2] * 12, [3]], "here")
+    assert [len(tokens) for tokens in answers] == [12, 12]  # of 24; end of text is not drawn
+    assert answers == sft.answer(run, [[2] * 12, [3]], "here")
+    assert answers != sft.answer(run, [[2] * 12, [3]], "there")
 
 
 def test_a_response_ends_and_its_prompt_is_cut_from_the_left():
