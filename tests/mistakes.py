@@ -224,9 +224,10 @@ def lines_of_tests(folder: Path, name: str) -> dict:
 def measured_map(folder: Path) -> dict:
     """lines_of_tests of all TESTS; what has been measured of the same files is taken from MAP."""
     known = json.loads(MAP.read_text()) if MAP.exists() else {}
-    code = b"".join(p.read_bytes() for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]))
+    paths = sorted([*folder.glob("*.py"), *folder.glob("data/*.py")])
+    code = b"".join(path.read_bytes() for path in paths)
     for name in TESTS:
-        content = code + (ROOT / f"tests/test_{name}.py").read_bytes()
+        content = code + (folder / f"tests/test_{name}.py").read_bytes()
         digest, start = hashlib.sha256(content).hexdigest(), time.time()
         if known.get(name, [""])[0] != digest:
             known[name] = [digest, lines_of_tests(folder, name)]

@@ -1,6 +1,7 @@
 """PPO's equations against numbers by hand, and the whole objective against its optimum."""
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -304,6 +305,25 @@ def test_the_loop_by_hand(looped):
     rows = [json.loads(x) for x in (looped.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == pytest.approx([0.25, 0.5, 0.275])
     assert [row["policy/loss"] for row in rows] == [0.5] * 3
+
+
+def test_the_rubric_and_the_speed_of_an_iteration_by_hand(tiny_base, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    texts = [row["prompt"] for row in toy.prompts(3, 1, "train")]
+    codec, seconds = Codec.load(tiny_base), itertools.count(0, 2)
+    given = [toy.write(toy.read_prompt(text), Random(0)) for text in texts]
+    given[1:] = "Soup.", given[2].removesuffix(".")  # 10, 0 and, without its ending, 40 / 9 or so
+    gold = [toy.gold(*pair) for pair in zip(texts, given, strict=True)]
+    assert gold[:2] == [10, 0] and 0 < gold[2] < 10
+    rollout = replace(made_rollout(), responses=list(map(codec.response, given)))
+    monkeypatch.setattr(ppo, "make_rollout", lambda models, prompts, *_: rollout)
+    monkeypatch.setattr(ppo, "update", lambda *_: {})
+    monkeypatch.setattr(ppo, "time", SimpleNamespace(time=lambda: next(seconds)))
+    flags = {"sft": tiny_base, "reward": f"{tmp_path}/mine.py:size", "iterations": 1}
+    ppo.train(ppo.Config(batch_size=3, out=str(tmp_path / "ppo"), device="cpu", **flags))
+    (row,) = [json.loads(x) for x in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
+    assert row["objective/gold"] == pytest.approx(sum(gold) / 3)
+    assert row["tokens_per_second"] == 6 / 2  # tokens, seconds
 
 
 def test_the_penalty_follows_its_target_from_one_iteration_to_the_next(looped):
@@ -802,6 +822,22 @@ def test_the_pretraining_loss_is_of_pages_that_pretraining_has_not_seen(compared
         ppo.pretraining_loss(gpt, codec, replace(config, seed=seed))
     assert asked == [(300, -1)] * 2
     assert not set(pages(300, -1)) & set(pages(16000, 0))
+
+
+@torch.no_grad()
+def test_the_pretraining_loss_is_a_mean_over_tokens(compared, monkeypatch):
+    """Of two pages, of which the longer one is cut to the context."""
+    gpt, codec, config = compared
+    pages = ["Once there was a ghost.", "Even the moon wept. " * 60]
+    monkeypatch.setattr(toy, "pages", lambda n, seed: pages)
+    losses = []
+    for tokens in map(codec.response, pages):
+        tokens = tokens[:256]
+        losses += (-token_logprobs(gpt, pack([tokens[:1]], [tokens[1:]]))[0]).tolist()
+    assert len(losses) == len(codec.response(pages[0])) - 1 + 255
+    found = ppo.pretraining_loss(gpt, codec, replace(config, max_tokens=100))
+    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert ppo.pretraining_loss(gpt, codec, replace(config, prompts="mine.jsonl")) is None
 
 
 def test_the_comparison_by_hand(compared, tiny_base, monkeypatch, tmp_path):

@@ -7,9 +7,11 @@ from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import pytest
+import seeds
 
+from data import __main__ as checker
 from data import labeler, report, toy
-from data.records import UserError, strict_json
+from data.records import UserError, save_records, strict_json
 
 GHOST = "Tell me a spooky story about a ghost."
 
@@ -284,3 +286,38 @@ def test_a_reward_report_in_words():
         "pairs ordered with probability 0.55: 0.50 rightly, of 8",
         "correlation of score and length -0.25",
     ]
+
+
+# ---- the tables of other programs
+
+
+def test_the_checkers_table_by_hand(tmp_path, capsys):
+    """Lengths in tokens: one for each letter that stands alone."""
+    rows = [{"prompt": "a b", "response": "c"}, {"prompt": "a", "response": "a b b b c d d"}]
+    save_records(tmp_path / "a.jsonl", rows)
+    flags = ["--tokenizer=toy", "--template={prompt}", "--block_size=8"]
+    checker.main([str(tmp_path / "a.jsonl"), *flags])
+    head, lines = capsys.readouterr().out.split("\n\n")[:2]
+    assert head == (
+        f"{tmp_path}/a.jsonl: 2 demonstrations, all sound\n"
+        f"taken by: python sft.py --demonstrations {tmp_path}/a.jsonl"
+    )
+    table = [line.split() for line in lines.splitlines()]
+    assert table[0] == ["tokens", "mean", "p50", "p95", "max", "total"]
+    # 2 and 1; 1 and 7; 4 and 9 with end of text. The 95th percentile is 19 / 20 of the way up
+    assert table[1] == ["prompt", "1.5", "2", "2", "2", "3"]
+    assert table[2] == ["response", "4.0", "4", "7", "7", "8"]
+    assert table[3] == ["all", "+", "end-of-text", "6.5", "6", "9", "9", "13"]
+    assert lines.splitlines()[4] == "1 of 2 (50.0%) fit into 8 tokens of context"
+    assert lines.splitlines()[5] == "0 of 2 different prompts occur more than once"
+
+
+def test_the_table_of_several_seeds_by_hand():
+    """A cell is the mean over the seeds; half-widths of independent draws add as squares do."""
+    rows = [{"model": "ppo", "gold": x, "gold_ci": h, "kl": x / 4} for x, h in ((8, 0.6), (9, 0.8))]
+    assert seeds.cell(rows, "gold") == "8.50 ± 0.50 (8.00 / 9.00)"  # sqrt(.36 + .64) / 2
+    assert seeds.cell(rows, "kl") == "2.12"
+    assert seeds.cell([rows[0], rows[1] | {"kl": None}], "kl") == ""
+    table = seeds.table([[row] for row in rows], ("gold", "kl")).splitlines()
+    assert table[:2] == ["| model | gold | kl |", "|---|---|---|"]
+    assert table[2:] == ["| ppo | 8.50 ± 0.50 (8.00 / 9.00) | 2.12 |"]

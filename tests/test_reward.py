@@ -205,6 +205,60 @@ def test_a_labeler_who_is_always_wrong_is_reported_as_such(monkeypatch):
     assert found["reward model, held-out comparisons"][0] == 0
 
 
+def test_every_line_of_the_report_by_hand(monkeypatch):
+    """Two prompts: scores, word counts, lengths and the rubric order their pairs differently."""
+    codec, texts = Codec(get_tokenizer("toy"), "{prompt}\\n"), ["bbb", "a", "cc"]
+    gold, points = {"bbb": 1.0, "a": 5.0, "cc": 0.0}, {"bbb": 3.0, "a": 1.0, "cc": 2.5}
+    points |= {"good": 1.0, "bad": 0.0}
+    probes = [("good", "bad", "cut off"), ("good", "bad", "cut off"), ("bad", "good", "wrong mood")]
+    probes = [dict(zip(("good", "bad", "flaw"), p, strict=True)) | {"prompt": "p"} for p in probes]
+    asked = []
+    monkeypatch.setattr(toy, "gold", lambda prompt, text: gold[text])
+    monkeypatch.setattr(toy, "PROBES", ("wrong mood", "cut off"))
+    monkeypatch.setattr(toy, "probe_pairs", lambda *x: asked.append(x) or probes)
+    records = [
+        {"prompt": "p", "responses": texts, "ranks": [1, 2, 3]},
+        {"prompt": "q", "responses": texts[:2], "ranks": [2, 1]},
+    ]
+    comparisons = reward.tokenised(records, codec, 256)
+    lengths = [[len(response) for _, response in c.pairs] for c in comparisons]
+    assert lengths == [[3, 2, 3], [3, 2]]  # in tokens, with end of text
+
+    def score_all(model, chosen, config):
+        return [[points[text] for text in c.record["responses"]] for c in chosen]
+
+    monkeypatch.setattr(reward, "score_all", score_all)
+    monkeypatch.setattr(reward, "bag_of_words", lambda *_: [[0.0, 1.0, 2.0], [3.0, 4.0]])
+    model = ScalarModel(GPT(GPTConfig(codec.tokenizer.n_vocab, 256, 1, 1, 4)))
+    run = SimpleNamespace(config=reward.Config(), codec=codec)
+    found = reward.measure(model, [], comparisons, run)
+
+    def share(first, second):  # (right, pairs) of each prompt: their ratio, and 1.96 sigma of it
+        right, n = first[0] + second[0], first[1] + second[1]
+        residuals = [r - right / n * pairs for r, pairs in (first, second)]
+        half_width = 1.96 * math.hypot(*residuals) / n
+        return pytest.approx(right / n), pytest.approx(half_width, abs=1e-6), n
+
+    assert found["pairs"] == {
+        "reward model, held-out comparisons": share((2, 3), (0, 1)),
+        "a linear model of word counts": share((0, 3), (1, 1)),
+        "the longer response wins": share((1, 2), (0, 1)),
+        "labeler against the hidden rubric": share((2, 3), (1, 1)),
+        "reward model against the hidden rubric": share((1, 3), (0, 1)),
+        "prefers a perfect response to: wrong mood": (0.0, 0.0, 1),
+        "prefers a perfect response to: cut off": (1.0, 0.0, 2),
+    }
+    assert asked == [(1200, 1, "test")]
+    # margins .5 (right); 2 (right), 1.5 (wrong) and 2 (wrong): sigmoid .6225, .8808 and .8176
+    high = pytest.approx((2 * 0.88080 + 0.81757) / 3, abs=1e-4)
+    assert found["calibration"] == [
+        (pytest.approx(0.62246, abs=1e-4), 1.0, 1),
+        (high, pytest.approx(1 / 3), 3),
+    ]
+    # scores 3 1 2.5 3 1, lengths 3 2 3 3 2: deviations' products sum to 2.2, squares to 4.2, 1.2
+    assert found["length_correlation"] == pytest.approx(2.2 / (4.2 * 1.2) ** 0.5, abs=1e-5)
+
+
 def test_probes_fit_into_a_small_context():
     codec = Codec(get_tokenizer("toy"), "{prompt}\\n")
     model = ScalarModel(GPT(GPTConfig(codec.tokenizer.n_vocab, 45, 1, 1, 4)))
