@@ -6,16 +6,20 @@ Weights, optimiser, random numbers, metrics and samples have to be the same to t
 """
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
+import threading
 import time
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--save_every=3", "--seed=5"]
@@ -27,14 +31,27 @@ PPO = ["--sft=sft", "--base=base", "--reward_model=reward", "--trust", "--iterat
 PPO += ["--batch_size=8", "--minibatch_size=4", "--max_new_tokens=10", "--eval_prompts=4"]
 PPO += ["--kl_target=3", "--out=ppo"]
 MOST_KILLS = 5  # of a run: on a busy machine none might ever come to its end
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tiktoken"])
 STAGES = {"sft.py": SFT, "reward.py": REWARD, "ppo.py": PPO}
 
 
-def start(script: str, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / script), *TINY, *STAGES[script], "--resume"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small for more
-    return subprocess.Popen(command, cwd=folder, env=one_thread, **quiet)
+def run_stage(script: str, folder: Path) -> None:
+    """What `python script --resume` does in the folder, in silence."""
+    os.chdir(folder)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed
+    sys.argv = [script, *TINY, *STAGES[script], "--resume"]
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def start(script: str, folder: Path) -> Process:
+    """Forks from a process that has imported torch, so that a kill seldom hits that import."""
+    process = SERVER.Process(target=run_stage, args=(script, folder))
+    process.start()
+    return process
 
 
 def left(folder: Path) -> dict[str, object]:
@@ -73,17 +90,15 @@ def kill_until_done(script: str, folder: Path, longest: float, rng: random.Rando
     """Runs a stage to its end; its first attempts mostly last less than `longest` seconds."""
     kills = 0
     while True:
-        process = start(script, folder)
-        try:
-            patience = rng.uniform(0.3, 1.15) * longest
-            status = process.wait(timeout=patience if kills < MOST_KILLS else None)
-        except subprocess.TimeoutExpired:
+        process, patience = start(script, folder), rng.uniform(0.3, 1.15) * longest
+        process.join(patience if kills < MOST_KILLS else None)
+        if process.is_alive():
             process.kill()
-            process.wait()
+            process.join()
             kills += 1
             continue
-        if status:
-            raise SystemExit(f"{script} ended with status {status} after {kills} kills")
+        if process.exitcode:
+            raise SystemExit(f"{script} ended with status {process.exitcode} after {kills} kills")
         return kills
 
 
@@ -105,13 +120,18 @@ def run_alone(folder: Path) -> dict[str, float]:
     seconds = {}
     for script in STAGES:
         began = time.time()
-        if status := start(script, folder).wait():
-            raise SystemExit(f"{script} ended with status {status}, left alone")
+        process = start(script, folder)
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{script} ended with status {process.exitcode}, left alone")
         seconds[script] = time.time() - began
     return seconds
 
 
 def main(kills: int) -> int:
+    os.environ["OMP_NUM_THREADS"] = "1"  # these models are too small for more
+    warm_up = SERVER.Process(target=int)
+    warm_up.start(), warm_up.join()
     with tempfile.TemporaryDirectory() as temporary:
         longest, done, trials = run_alone(Path(temporary) / "alone"), 0, 0
         while done < kills:

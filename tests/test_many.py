@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+import sft
+from data.records import UserError
+
 ROOT = Path(__file__).parents[1]
 UPDATE = """
 import atexit, copy, os, sys, torch
-sys.path[:0] = [{root!r}]
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import ppo, reward, sft
 from data import processes
 from data.processes import gather, my_share, rank_and_world
 from data.run import Run, RunConfig
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack, sampling_copy, to_device
+from test_ppo import by_hand, close, other_settings
 if many := "RANK" in os.environ:
     torch.distributed.init_process_group("gloo")
     atexit.register(processes.leave)  # as command() does
@@ -130,8 +134,19 @@ def one_sum():
     assert gather(rank) == list(range(world))
     assert [x for share in gather(my_share("abcde")) for x in share] == list("abcde")
 
+@torch.no_grad()
+def one_rollout():  # of five prompts, two of the first process; whitened over both
+    models, prompts, config = other_settings()
+    seed = torch.Generator().manual_seed(rank_and_world()[0])
+    rollout = ppo.make_rollout(models, prompts, config, 0.3, seed)
+    assert rollout.prompts == prompts and len(set(map(tuple, rollout.responses))) == 5
+    scores, returns, advantages = by_hand(models, rollout, config, 0.3)
+    close(rollout.scores, scores, 1e-5)
+    close(rollout.returns, returns, 1e-5)
+    close(rollout.advantages, advantages, 1e-4)
+
 out, shard = {out!r}, {shard}
-one_sft(); one_reward(); one_ppo(); one_resume(); one_sum()
+one_sft(); one_reward(); one_ppo(); one_resume(); one_sum(); one_rollout()
 """
 
 
@@ -163,28 +178,6 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     assert moved.abs().max() > 1e-3  # there was an update to compare
 
 
-WHITEN = """
-import atexit, sys, torch
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import ppo
-from data import processes
-from test_ppo import close, tiny_models
-torch.distributed.init_process_group("gloo")
-atexit.register(processes.leave)
-seed = torch.Generator().manual_seed(torch.distributed.get_rank())
-config = ppo.Config(max_new_tokens=4, device="cpu")
-rollout = ppo.make_rollout(tiny_models(), [[1], [2], [3], [4]], config, 0.1, seed)
-close(rollout.advantages, ppo.whiten(rollout.returns - rollout.old_values), 1e-5)
-"""
-
-
-def test_advantages_are_whitened_over_all_processes(tmp_path):
-    script = tmp_path / "whiten.py"
-    script.write_text(WHITEN.format(root=str(ROOT)))
-    result = launch(2, script, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.fixture(scope="module", params=["--no-shard", "--shard"])
 def trained(tmp_path_factory, request) -> Path:
     """All stages, tiny, by two processes."""
@@ -213,8 +206,9 @@ def test_processes_sample_different_responses(trained):
 
 
 def test_sharding_needs_processes(tmp_path):
-    result = launch(1, ROOT / "sft.py", "--shard", cwd=tmp_path)
-    assert result.returncode == 2 and "torchrun" in result.stderr and "Trace" not in result.stderr
+    with pytest.raises(UserError, match="--shard needs several processes: torchrun"):
+        sft.main(sft.Config(shard=True, base=str(tmp_path / "base"), n_layer=1, n_embd=4, n_head=1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from data.folders import lock
@@ -210,8 +209,9 @@ def ours_from(theirs, config):
 
 def test_logits_and_gradients_are_gpt2s():
     """In float64, so that a layer norm's epsilon shows, and the exact GELU, 1e-4 from GPT-2's."""
+    library = pytest.importorskip("transformers")
     sizes = {"vocab_size": 11, "n_layer": 3, "n_head": 2, "n_embd": 32}
-    theirs = randomised(GPT2LMHeadModel(GPT2Config(n_positions=24, **sizes)))
+    theirs = randomised(library.GPT2LMHeadModel(library.GPT2Config(n_positions=24, **sizes)))
     ours = ours_from(theirs.state_dict(), GPTConfig(block_size=24, **sizes)).double()
     batch = pack(PROMPTS, RESPONSES)
     logits = ours.logits(ours(batch))

@@ -27,7 +27,7 @@ import sft
 from data import labeler, toy
 from data.folders import lock
 from data.records import UserError, load_comparisons, load_demonstrations, save_records
-from data.run import Run, load_checkpoint, parse
+from data.run import Run, command, load_checkpoint, parse
 from data.tokenizer import Codec
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step
 
@@ -486,6 +486,9 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
+STAGES = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}
+
+
 @pytest.mark.parametrize(
     "argv, needle",
     [
@@ -495,21 +498,34 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
         (("sft.py", "--demonstrations", "missing.jsonl"), "missing.jsonl"),
     ],
 )
-def test_errors_are_one_line_and_status_2(argv, needle, tmp_path):
-    result = run(*argv, cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert needle in result.stderr
+def test_errors_are_one_line_and_status_2(argv, needle, monkeypatch, tmp_path, capfd):
+    stage = STAGES[argv[0]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(argv))
+    with pytest.raises(SystemExit) as error:
+        command(stage.main, stage.Config, stage.PRESETS)
+    assert error.value.code == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert needle in errors
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["sft.py", "reward.py", "ppo.py"])
-def test_every_flag_is_explained(script, tmp_path):
-    result = run(script, "--help", cwd=tmp_path)
-    assert result.returncode == 0
-    module = {"sft.py": sft, "reward.py": reward, "ppo.py": ppo}[script]
-    for name in module.Config.__dataclass_fields__:
-        assert f"--{name}" in result.stdout
+def test_a_program_that_fails_prints_the_error_alone(tmp_path):
+    result = run("reward.py", cwd=tmp_path)
+    line = "error: out/sft/checkpoint.pt does not exist; `python sft.py` makes it\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_every_flag_is_explained(script, capsys):
+    stage = STAGES[script]
+    with pytest.raises(SystemExit) as end:
+        parse(stage.Config, stage.PRESETS, ["--help"])
+    shown = capsys.readouterr().out
+    assert not end.value.code and shown.startswith("usage: ")
+    for name in stage.Config.__dataclass_fields__:
+        assert f"--{name}" in shown
 
 
 def test_an_error_in_a_step_names_it_and_what_is_saved(fine_tuned, out, tmp_path):
@@ -589,31 +605,21 @@ def until_a_checkpoint(process: subprocess.Popen, folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(number, tmp_path):
+    """Until then, a second run into the same folder is refused."""
     flags = ["--n_embd=16", "--n_layer=1", "--n_head=1", "--save_every=5", "--toy_texts=3000"]
     flags += ["--base=base"]
     command = [sys.executable, str(ROOT / "sft.py"), *flags]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until_a_checkpoint(process, tmp_path)
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 1, "toy_texts": 60}
+    with pytest.raises(UserError, match="base is in use by another run"):
+        sft.main(sft.Config(base=str(tmp_path / "base"), **small))
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "--resume continues" in errors and "Traceback" not in errors
     step = load_checkpoint(tmp_path / "base")["step"]
     assert len(metrics(tmp_path / "base")) == step > 5
-
-
-def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
-    flags = ["--n_embd=16", "--n_layer=1", "--n_head=1", "--save_every=5", "--toy_texts=3000"]
-    flags += ["--base=base"]
-    command = [sys.executable, str(ROOT / "sft.py"), *flags]
-    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    try:
-        until_a_checkpoint(first, tmp_path)
-        second = run("sft.py", *flags, cwd=tmp_path)
-    finally:
-        first.kill()
-        first.wait()
-    assert second.returncode == 2 and "is in use by another run" in second.stderr
 
 
 @pytest.mark.parametrize("cut", [0, 100, 0.5, 0.999])

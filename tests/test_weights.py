@@ -14,12 +14,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Tokenizer,
-)
 
 import ppo
 import reward
@@ -43,6 +37,10 @@ from model import (
     pack,
 )
 
+library = pytest.importorskip("transformers")
+GPT2Config, GPT2LMHeadModel = library.GPT2Config, library.GPT2LMHeadModel
+GPT2ForSequenceClassification = library.GPT2ForSequenceClassification
+GPT2Tokenizer = library.GPT2Tokenizer
 ROOT = Path(__file__).parents[1]
 SHAPES = [  # vocabulary, context, layers, heads, channels
     (128, 64, 2, 2, 32),
