@@ -2,7 +2,9 @@
 
     python tests/kills.py 100      # at least so many kills over the three stages; about ten minutes
 
-Weights, optimiser, random numbers, metrics and samples have to be the same to the last bit.
+Weights, optimiser, random numbers, metrics and samples have to be the same to the last bit. Then
+each stage begins anew in its folder, and is killed after the finished run has moved aside and
+before anything is saved: the finished run has to be whole.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -22,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--save_every=3", "--seed=5"]
+TINY = ["--seed=5"]
 SFT = ["--n_layer=1", "--n_embd=16", "--n_head=1", "--toy_texts=60", "--toy_demonstrations=90"]
 SFT += ["--batch_size=8", "--base=base", "--out=sft"]
 REWARD = ["--toy_prompts=12", "--responses=3", "--max_new_tokens=10", "--sft=sft"]
@@ -36,20 +39,49 @@ SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "tiktoken"])
 STAGES = {"sft.py": SFT, "reward.py": REWARD, "ppo.py": PPO}
 
 
-def run_stage(script: str, folder: Path) -> None:
-    """What `python script --resume` does in the folder, in silence."""
+def run_stage(script: str, folder: Path, point: str = "") -> None:
+    """What `python script --resume` does in the folder, in silence.
+
+    With a point of POINTS: what happens without --resume, until that point.
+    """
     os.chdir(folder)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
     tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed
-    sys.argv = [script, *TINY, *STAGES[script], "--resume"]
+    sys.argv = [script, *TINY, *STAGES[script], *([] if point else ["--resume"])]
     sys.path.insert(0, str(ROOT))
+    if point:
+        POINTS[point]()
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def start(script: str, folder: Path) -> Process:
+def die(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_when_moved() -> None:
+    from data import folders
+
+    move = folders.move_aside
+    folders.move_aside = lambda folder: (move(folder), die())
+
+
+def die_in_the_first_step() -> None:
+    from data.run import Run
+
+    Run.log = die
+
+
+def die_while_saving() -> None:
+    torch.save = lambda _, file: (file.write(b"half of it"), file.flush(), die())
+
+
+POINTS = {"moved": die_when_moved, "begun": die_in_the_first_step, "saving": die_while_saving}
+
+
+def start(script: str, folder: Path, point: str = "") -> Process:
     """Forks from a process that has imported torch, so that a kill seldom hits that import."""
-    process = SERVER.Process(target=run_stage, args=(script, folder))
+    process = SERVER.Process(target=run_stage, args=(script, folder, point))
     process.start()
     return process
 
@@ -114,6 +146,21 @@ def trial(folder: Path, expected: Path, longest: dict[str, float], rng: random.R
     return kills
 
 
+def kill_reruns(folder: Path, rng: random.Random) -> int:
+    """Kills a new run of each stage before its first save; SystemExit if the old one changes."""
+    for script in STAGES:
+        point, before = rng.choice(sorted(POINTS)), left(folder)
+        process = start(script, folder, point)
+        process.join()
+        moved = list(folder.glob("*.previous"))
+        for previous in moved:
+            shutil.rmtree(previous.with_suffix(""), ignore_errors=True)
+            previous.rename(previous.with_suffix(""))
+        if process.exitcode != -signal.SIGKILL or len(moved) != 1 or left(folder) != before:
+            raise SystemExit(f"{script} anew, killed when {point}: the finished run has changed")
+    return len(STAGES)
+
+
 def run_alone(folder: Path) -> dict[str, float]:
     """Runs all stages without a kill; the seconds that each takes."""
     folder.mkdir()
@@ -133,11 +180,16 @@ def main(kills: int) -> int:
     warm_up = SERVER.Process(target=int)
     warm_up.start(), warm_up.join()
     with tempfile.TemporaryDirectory() as temporary:
-        longest, done, trials = run_alone(Path(temporary) / "alone"), 0, 0
+        longest, done, trials, again = run_alone(Path(temporary) / "alone"), 0, 0, 0
         while done < kills:
             rng, trials = random.Random(trials), trials + 1
             done += trial(Path(temporary) / "killed", Path(temporary) / "alone", longest, rng)
-            print(f"{done} kills in {trials} passes over the stages: not a bit differs", flush=True)
+            again += kill_reruns(Path(temporary) / "killed", rng)
+            print(
+                f"{done} kills in {trials} passes over the stages, and {again} of runs that began "
+                "anew, before their first save: not a bit differs",
+                flush=True,
+            )
     return done
 
 
