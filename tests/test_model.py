@@ -782,6 +782,22 @@ def test_a_response_is_as_frequent_as_the_sum_of_its_logprobs_says():
 # ---- what all stages share ----
 
 
+def test_how_the_weights_start():
+    """1/sqrt(C), positions 0.02, residual branches less by sqrt(2 layers), biases 0, gains 1."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=300, block_size=300, n_layer=2, n_head=1, n_embd=64))
+    for name, p in gpt.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif p.dim() == 1:
+            assert (p == 1).all()
+        else:
+            std = 0.02 if name == "wpe.weight" else 1 / 8 / (2 if "c_proj" in name else 1)
+            # 4,096 numbers at least know their standard deviation to 1.1 %
+            assert p.std().item() == pytest.approx(std, rel=0.065), name
+            assert abs(p.mean().item()) < 6 * std / p.numel() ** 0.5
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     rates = [lr_schedule(step, 10, 3) for step in range(11)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1])

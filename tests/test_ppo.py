@@ -18,7 +18,8 @@ import ppo
 from data import toy
 from data.processes import shuffled
 from data.records import UserError, printable, save_records
-from data.tokenizer import Codec, get_tokenizer
+from data.run import Run
+from data.tokenizer import Codec, documents, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, generate, pack, token_logprobs
 from ppo import adapt_kl_coef, gae, kl_penalised_rewards, policy_loss, value_loss, whiten
 
@@ -1037,6 +1038,115 @@ def test_a_gpt_trained_by_ppo_reaches_the_optimum():
         logprobs = token_logprobs(policy, batch)[0].detach().split(batch.lengths.tolist())
         p = torch.stack([own.sum() for own in logprobs]).exp()
         assert total_variation(p, optimum()) < 0.05
+
+
+# ---- what a run is made of ----
+
+
+@pytest.fixture
+def stages(tiny_base, tmp_path):
+    """Folders of a fine-tuned model, of another policy with its average, and of a reward model."""
+    codec, folders = Codec.load(tiny_base), {}
+    for place, name in enumerate(("sft", "policy", "reward")):
+        gpt = GPT.load(tiny_base)
+        with torch.no_grad():
+            gpt.wpe.weight += place
+        average = copy.deepcopy(gpt)
+        with torch.no_grad():
+            average.wpe.weight += 10
+        model = ScalarModel(gpt) if name == "reward" else gpt
+        networks = {"model": model} | ({"average": average} if name == "policy" else {})
+        folders[name] = str(tmp_path / name)
+        config, optimizer = ppo.Config(ema_decay=0.5 * (name == "policy")), adam([(model, 0.1)])
+        run = Run(name, config, folders[name], gpt.config, codec, optimizer, **networks)
+        run.metrics = [{"accuracy": 0.7, "accuracy_ci": 0.1}]
+        run.save()
+    return folders
+
+
+def moved(network) -> float:
+    """By how much a network's positions differ from those of the first one."""
+    return round(getattr(network, "gpt", network).wpe.weight[0, 0].item() - moved.start)
+
+
+def test_where_each_network_starts(stages, tiny_base, tmp_path):
+    moved.start = GPT.load(tiny_base).wpe.weight[0, 0].item()
+    folders = {"sft": stages["sft"], "reward_model": stages["reward"]}
+    config = ppo.Config(device="cpu", **folders)
+    models = ppo.Models.load(config)
+    names = ("policy", "ref_policy", "average", "value_model", "reward_model")
+    assert [moved(getattr(models, name)) for name in names] == [0, 0, 0, 2, 2]
+    networks = [getattr(models, name) for name in names]
+    assert not any(network.training for network in networks)
+    weights = [p.data_ptr() for network in networks for p in network.parameters()]
+    assert len(weights) == len(set(weights))  # none is shared
+    value, reward = (getattr(models, name).state_dict() for name in names[3:])
+    assert all(weight.equal(reward[name]) for name, weight in value.items())
+    assert models.documents == []
+
+    models = ppo.Models.load(replace(config, init=stages["policy"], value="head", ptx_coef=1.0))
+    assert [moved(getattr(models, name)) for name in names] == [1, 0, 1, 1, 2]
+    assert models.value_model.gpt is models.policy and not models.value_model.head.weight.any()
+    texts = documents(toy.pages(4000, 0), models.codec, 256)
+    assert models.documents == texts
+
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    models = ppo.Models.load(replace(config, reward=f"{tmp_path}/mine.py:size"))
+    assert isinstance(models.reward_model, ppo.RewardFunction)
+    assert moved(models.value_model) == 0 and models.value_model.gpt is not models.policy
+    with pytest.raises(UserError, match="--shard needs --value model"):
+        ppo.Models.load(replace(config, value="head", shard=True))
+
+
+def test_policies_are_compared_with_their_averages(stages, tiny_base):
+    moved.start = GPT.load(tiny_base).wpe.weight[0, 0].item()
+    compare = f"{stages['policy']},{stages['sft']}"
+    found = ppo.load_policies(ppo.Config(compare=compare, device="cpu"))
+    assert {name: moved(network) for name, network in found.items()} == {
+        "policy": 1,
+        "policy_ema": 11,
+        "sft": 0,
+    }
+    assert not any(network.training for network in found.values())
+
+
+def test_a_run_is_followed_by_one_without_the_penalty_and_the_comparison(stages, monkeypatch):
+    trained, compared = [], []
+    policies = [{"ppo": "a", "ppo_ema": "b"}, {"ppo_no_kl": "c"}]
+    monkeypatch.setattr(ppo, "train", lambda c: trained.append(c) or policies[len(trained) - 1])
+    monkeypatch.setattr(
+        ppo, "compare", lambda c, p, began: compared.append((c, p)) or [{"model": "x", "y": 1}]
+    )
+    flags = {"kl_coef": 0.7, "kl_target": 3.0, "ema_decay": 0.5, "shard": True, "device": "cpu"}
+    config = ppo.Config(sft=stages["sft"], base="none", out="out/here", **flags)
+    assert ppo.main(config) == {"x": {"model": "x", "y": 1}}
+    off = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
+    assert trained == [config, replace(config, out="out/here_no_kl", **off)]
+    alone = replace(config, shard=False)  # one process compares
+    assert compared == [(alone, policies[0] | policies[1])]
+    trained.clear(), compared.clear()
+    ppo.main(replace(config, ablation=False))
+    assert len(trained) == 1 and compared[0][1] == policies[0]
+    ppo.main(replace(alone, compare=stages["policy"]))
+    assert len(trained) == 1 and list(compared[1][1]) == ["policy", "policy_ema"]
+
+
+@pytest.mark.parametrize(
+    "accuracy, half_width, trusted", [(0.7, 0.19, True), (0.75, 0.25, False), (0.4, 0.05, False)]
+)
+def test_a_reward_model_has_to_beat_chance_by_its_half_width(
+    accuracy, half_width, trusted, stages, tmp_path
+):
+    path = tmp_path / "reward" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["metrics"].append({"accuracy": accuracy, "accuracy_ci": half_width})
+    torch.save(saved, path)
+    if trusted:
+        ppo.check_reward_model(stages["reward"])
+    else:
+        words = f"orders {accuracy:.3f} ± {half_width:.3f} of held-out pairs, no better than chance"
+        with pytest.raises(UserError, match=words):
+            ppo.check_reward_model(stages["reward"])
 
 
 # ---- what is refused before any training ----

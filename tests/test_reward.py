@@ -398,6 +398,60 @@ def test_without_demonstrations_the_best_ranked_score_zero(tiny_base):
     assert best + one + other == pytest.approx(0, abs=1e-5)
 
 
+def test_a_whole_run_by_hand(tiny_base, monkeypatch, tmp_path, capsys):
+    """What is held out, centred, measured, printed and written; and that --resume repeats none."""
+    prompts = [f"p{i}" for i in range(9)] + ["p0"]
+    rows = [{"prompt": p, "responses": ["a", "bb", "c d"], "ranks": [2, 1, 2]} for p in prompts]
+    save_records(tmp_path / "c.jsonl", rows)
+    seen, train, measure, center = SimpleNamespace(), reward.train, reward.measure, reward.center
+
+    def noted_train(run, comparisons):
+        seen.trained, seen.start = comparisons, run.modules["model"].gpt.wte.weight.clone()
+        train(run, comparisons)
+
+    def noted_measure(model, training, held_out, run):
+        seen.found, seen.sides = measure(model, training, held_out, run), (training, held_out)
+        seen.scores = reward.score_all(model, held_out, run.config)
+        return seen.found
+
+    monkeypatch.setattr(reward, "train", noted_train)
+    monkeypatch.setattr(reward, "measure", noted_measure)
+    flags = {"comparisons": str(tmp_path / "c.jsonl"), "sft": tiny_base, "held_out": 0.25}
+    config = reward.Config(out=str(tmp_path / "reward"), batch_size=3, device="cpu", **flags)
+    last = reward.main(config)
+    asked = [[c.record["prompt"] for c in side] for side in seen.sides]
+    assert asked == [[f"p{i}" for i in range(1, 9)], ["p0", "p0"]]  # a quarter of ten, rounded down
+    assert seen.trained == seen.sides[0]
+    model, codec = ScalarModel.load(config.out), Codec.load(tiny_base)
+    (colon,) = codec.tokenizer.encode_ordinary(":")
+    start = GPT.load(tiny_base).wte.weight
+    assert seen.start[colon].equal(start[colon]) and seen.start[codec.eos].equal(start[colon])
+    best = reward.tokenised([c.record | {"responses": ["bb"]} for c in seen.trained], codec, 256)
+    scores = [s for own in reward.score_all(model, best, config) for s in own]
+    assert sum(scores) == pytest.approx(0, abs=1e-4)
+
+    share, half_width, n = seen.found["pairs"]["reward model, held-out comparisons"]
+    assert (last["accuracy"], last["accuracy_ci"], n) == (share, half_width, 4)
+    lines = [json.loads(x) for x in (tmp_path / "reward/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] == last and len(lines) == 2 * 3  # two epochs of eight prompts, three a step
+    assert (tmp_path / "reward/report.json").read_text() == report.strict_json(seen.found)
+    out = capsys.readouterr().out
+    report.print_reward_report(seen.found)
+    assert capsys.readouterr().out in out
+    assert f"10 comparisons, 10 of them in {tmp_path}/c.jsonl" in out
+    text = (tmp_path / "reward/samples.txt").read_text()
+    ranked = sorted(zip(seen.scores[0], [2, 1, 2], ["a", "bb", "c d"], strict=True), reverse=True)
+    block = "".join(f"score {s:+.2f}, rank {rank}: {answer}\n" for s, rank, answer in ranked)
+    assert text == f"p0\n{block}\n" * 2
+
+    monkeypatch.setattr(reward, "center", lambda *_: pytest.fail("it is centred already"))
+    assert reward.main(replace(config, resume=True)) == last
+    monkeypatch.setattr(reward, "center", center)
+    save_records(tmp_path / "c.jsonl", rows[:1])
+    with pytest.raises(UserError, match="1 comparisons are held out, none is left to train on"):
+        reward.main(replace(config, out=str(tmp_path / "other")))
+
+
 # ---- where a ScalarModel is read ----
 
 

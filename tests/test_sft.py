@@ -12,7 +12,7 @@ import sft
 from data.processes import shuffled
 from data.records import UserError, save_records
 from data.run import Run
-from data.tokenizer import Codec, Pair, get_tokenizer
+from data.tokenizer import Codec, Pair, documents, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack
 from sft import sft_loss
 
@@ -232,6 +232,49 @@ def test_a_response_ends_and_its_prompt_is_cut_from_the_left():
 def fine_tuning(base: str, folder: Path, **flags) -> sft.Config:
     small = {"toy_demonstrations": 40, "toy_texts": 60, "batch_size": 8, "epochs": 2}
     return sft.Config(init=base, out=str(folder), held_out=0.1, **small | flags)
+
+
+def test_what_both_stages_are_given(monkeypatch, tmp_path, capsys):
+    """Pretraining on pieces of documents, then fine-tuning on demonstrations that fit."""
+    given, sizes = [], {"n_layer": 1, "n_head": 2, "n_embd": 6, "block_size": 12}
+
+    def train(run, held_out, pairs, epochs, batch_size, asked):
+        model, (group,) = run.modules["model"], run.optimizer.param_groups
+        given.append((run.stage, held_out, pairs, epochs, batch_size, group["peak_lr"], asked))
+        given[-1] += (model.config, str(run.folder), model.wpe.weight.clone())
+        run.save()
+        return {"held_out_loss": len(given) / 8}
+
+    monkeypatch.setattr(sft, "train", train)
+    texts = [{"text": "once upon a time there was a very small hat"}] * 5
+    rows = [{"prompt": f"{i} why", "response": "b"} for i in range(9)]
+    rows += [{"prompt": "c", "response": "much too long for this context " * 9}]
+    save_records(tmp_path / "texts.jsonl", texts)
+    save_records(tmp_path / "rows.jsonl", rows)
+    files = {"texts": str(tmp_path / "texts.jsonl"), "out": str(tmp_path / "sft")}
+    files |= {"demonstrations": str(tmp_path / "rows.jsonl"), "base": str(tmp_path / "base")}
+    flags = {"pretrain_epochs": 3, "pretrain_batch_size": 5, "pretrain_lr": 0.25, "epochs": 4}
+    flags |= {"batch_size": 6, "lr": 0.5, "held_out": 0.25, "dropout": 0.1, "pretrain_mix": 0.5}
+    found = sft.main(sft.Config(device="cpu", template="Q {prompt}", **sizes, **files, **flags))
+    assert found == {"base": {"held_out_loss": 0.125}, "sft": {"held_out_loss": 0.25}}
+    base, tuned = given
+    codec = Codec(get_tokenizer("toy"), "Q {prompt}")
+    pieces = documents([row["text"] for row in texts], codec, 12)
+    assert len(base[1]) == len(pieces) // 4 and sorted(base[1] + base[2]) == sorted(pieces)
+    assert base[1] + base[2] != pieces  # shuffled
+    asked = ["0 why", "1 why", "2 why"]
+    assert base[3:7] == (3, 5, 0.25, asked) and tuned[3:7] == (4, 6, 0.5, asked)
+    pairs = [(codec.prompt(row["prompt"]), codec.response("b")) for row in rows[:9]]
+    assert tuned[1] == pairs[:2]  # a quarter of nine
+    assert tuned[2] == pairs[2:] + pieces[:4]  # half of nine is four: 4.5 is rounded to even
+    for stage, dropout in ((base, 0.0), (tuned, 0.1)):
+        assert stage[7] == GPTConfig(codec.tokenizer.n_vocab, 12, 1, 2, 6, dropout)
+    assert [stage[8] for stage in given] == [files["base"], files["out"]]
+    assert tuned[9].equal(base[9])  # it goes on from the base model
+    out = capsys.readouterr().out
+    assert "base: held-out loss 0.125 nats per token\nsft: held-out loss 0.250" in out
+    sft.main(sft.Config(device="cpu", init=files["base"], **{**files, "out": str(tmp_path / "x")}))
+    assert given[2][0] == "sft" and given[2][9].equal(base[9])
 
 
 def test_what_is_held_out_is_not_trained_on(tiny_base, monkeypatch, tmp_path):
