@@ -12,14 +12,12 @@ same. equivalent.jsonl names mistakes that change nothing that a test could requ
 import ast
 import contextlib
 import copy
-import hashlib
 import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,14 +26,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from lines_of_tests import FLAGS, SOURCES, measured_map
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("sft.py", "reward.py", "ppo.py", "model.py")
-SOURCES += ("data/run.py", "data/report.py", "data/records.py")
 KERNELS = b"\nif triton:"  # what follows in model.py is left out
-TESTS = ("ppo", "reward", "sft", "report", "model", "pipeline", "closed_form", "many", "self_check")
-TESTS += ("run", "data", "labeler", "toy", "weights", "tokenizer")  # those that run the sources
-MAP = ROOT / "out" / "lines_of_tests.json"
 EQUIVALENT = ROOT / "tests" / "equivalent.jsonl"
 SECONDS = 60  # of tests for a mistake, as the map has measured them; four times that ends them
 SLOW_IMPORTS = ("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "hypothesis")
@@ -57,9 +51,9 @@ class Mistake(NamedTuple):
     function: range  # its lines
     code: str  # the lines, as one, before
     wrong: str  # and after
-    start: int  # the bytes of the file from start to end become text
+    start: int  # where the bytes of text stand in place of others
     end: int
-    text: str
+    text: bytes
 
 
 def wrong_versions(node: ast.AST) -> Iterator[ast.AST]:
@@ -137,104 +131,14 @@ def mistakes(file: str) -> list[Mistake]:
     for node, wrong, function in places(ast.parse(source), range(0)):
         begin, stop = starts[node.lineno - 1], starts[node.end_lineno]
         start, end = begin + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        text = ast.unparse(wrong)
-        after = source[begin:start] + text.encode() + source[end:stop]
+        text = ast.unparse(wrong).encode()
+        after = source[begin:start] + text + source[end:stop]
         shown = (" ".join(code.decode().split()) for code in (source[begin:stop], after))
         found.append(Mistake(file, node.lineno, function, *shown, start, end, text))
     return found
 
 
-# ---- which test runs which line: with `-p mistakes`, pytest tells coverage what is running
-
-CONTEXT = "MISTAKES_CONTEXT"  # an environment variable, so that the tests' processes know it too
-SETTINGS = f"[run]\nparallel = true\nrelative_files = true\ncontext = ${{{CONTEXT}-}}\n"
-measured: dict[str, float] = {}  # seconds of tests, and of fixtures that tests share
-needed: dict[str, list[str]] = {}  # the fixtures of a test
-
-
-def enter(context: str) -> str:
-    import coverage
-
-    coverage.Coverage.current().switch_context(context)
-    before, os.environ[CONTEXT] = os.environ.get(CONTEXT, ""), context
-    return before
-
-
-def pytest_runtest_logstart(nodeid: str) -> None:
-    enter(nodeid)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    shared = fixturedef.scope in ("module", "session")
-    name, start = f"fixture {fixturedef.argname}", time.time()
-    before = enter(name) if shared else ""
-    found = yield
-    if shared:
-        measured[name] = time.time() - start
-        measured[before] = measured.get(before, 0) - measured[name]  # a test has it once only
-        enter(before)
-    return found
-
-
-def pytest_runtest_logreport(report) -> None:
-    failed = float("inf") if report.failed else 0.0  # what fails anyway sees nothing
-    measured[report.nodeid] = measured.get(report.nodeid, 0) + report.duration + failed
-
-
-def pytest_collection_finish(session) -> None:
-    for item in session.items:
-        needed[item.nodeid] = [f"fixture {name}" for name in item.fixturenames]
-
-
-def pytest_sessionfinish() -> None:
-    Path("measured.json").write_text(json.dumps([measured, needed]))
-
-
-def lines_of_tests(folder: Path, name: str) -> dict:
-    """{test: [seconds, those of its fixtures, {source: lines}]} of a file of tests."""
-    import coverage
-
-    (folder / "settings").write_text(SETTINGS)
-    command = [sys.executable, "-m", "coverage", "run", "--rcfile=settings", "-m", "pytest", "-q"]
-    paths = {"COVERAGE_FILE": str(folder / f"{name}.coverage"), "PYTHONPATH": "tests"}
-    paths["COVERAGE_PROCESS_START"] = str(folder / "settings")
-    command += ["-p", "mistakes", *FLAGS, f"tests/test_{name}.py"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command, cwd=folder, env=os.environ | paths, **quiet)
-    seconds, fixtures = json.loads((folder / "measured.json").read_text())
-    with contextlib.chdir(folder):
-        merged = coverage.Coverage(data_file=paths["COVERAGE_FILE"], config_file=False)
-        merged.combine()
-    run: dict[str, dict[str, set]] = {what: {} for what in seconds}
-    for source in SOURCES:
-        for line, contexts in merged.get_data().contexts_by_lineno(source).items():
-            for what in {context.split("|")[-1] for context in contexts} & run.keys():
-                run[what].setdefault(source, set()).add(line)
-    found = {}
-    for test, own in fixtures.items():
-        shared, lines = [name for name in own if name in run], run[test]
-        for part in map(run.get, shared):
-            lines = {f: lines.get(f, set()) | part.get(f, set()) for f in lines | part}
-        setup = sum(seconds[name] for name in shared)
-        found[test] = [seconds[test], setup, {file: sorted(n) for file, n in lines.items()}]
-    return found
-
-
-def measured_map(folder: Path) -> dict:
-    """lines_of_tests of all TESTS; what has been measured of the same files is taken from MAP."""
-    known = json.loads(MAP.read_text()) if MAP.exists() else {}
-    paths = sorted([*folder.glob("*.py"), *folder.glob("data/*.py")])
-    code = b"".join(path.read_bytes() for path in paths)
-    for name in TESTS:
-        content = code + (folder / f"tests/test_{name}.py").read_bytes()
-        digest, start = hashlib.sha256(content).hexdigest(), time.time()
-        if known.get(name, [""])[0] != digest:
-            known[name] = [digest, lines_of_tests(folder, name)]
-            print(f"test_{name}.py: measured in {time.time() - start:.0f} s", flush=True)
-            MAP.parent.mkdir(exist_ok=True)
-            MAP.write_text(json.dumps(known))
-    return {test: found for _, tests in known.values() for test, found in tests.items()}
+# ---- the tests of a mistake
 
 
 def chosen_tests(mistake: Mistake, known: dict) -> list[str]:
@@ -242,30 +146,28 @@ def chosen_tests(mistake: Mistake, known: dict) -> list[str]:
 
     Tests that need an expensive fixture stand side by side, so that it is made once.
     """
-    for lines in ({mistake.line}, {*mistake.function}, None):
-        found = []
-        for test, (seconds, setup, files) in known.items():
-            own = set(files.get(mistake.file, ()))
-            if own and (lines is None or lines & own) and seconds < float("inf"):
-                found.append((test.split("::")[0] if setup > 1 else "", seconds, len(own), test))
+    for lines in ([mistake.line], mistake.function, range(9999)):
+        places = {f"{mistake.file}:{line}" for line in lines}
+        found = sorted(
+            (test.split("::")[0] if setup > 1 else "", seconds, len(own), test)
+            for test, (seconds, setup, own) in known.items()
+            if seconds < float("inf") and not places.isdisjoint(own)
+        )
         if found:
             break
     chosen, spent, made = [], 0.0, {""}
-    for file, seconds, _, test in sorted(found):
+    for file, seconds, _, test in found:
         spent += seconds + (0 if file in made else known[test][1])
         made.add(file)
-        if spent <= SECONDS:
-            chosen.append(test)
+        chosen += [test] if spent <= SECONDS else []
     return chosen
 
 
 # ---- running them: each mistake in a process of its own, which need not import torch anew
 
-FLAGS = ("-p", "no:cacheprovider", "--hypothesis-seed=0")
-
 
 class Chosen:
-    """Runs these tests in this order, and notes the first that fails."""
+    """Lets these tests run in this order, and notes the first that fails."""
 
     def __init__(self, tests: list[str]):
         self.order = {test: i for i, test in enumerate(tests)}
@@ -278,13 +180,9 @@ class Chosen:
         if report.failed:
             Path("failed").write_text(report.nodeid)
 
-    def pytest_collectreport(self, report) -> None:
-        if report.failed:
-            Path("failed").write_text(f"{report.nodeid}, on import")
-
 
 def first_failure(folder: Path, tests: list[str]) -> str:
-    """The first of the tests to fail in the copy, or to last too long; "" if all pass."""
+    """The first of the tests to fail in the copy, or what else went wrong; "" if all pass."""
     (folder / "failed").unlink(missing_ok=True)
     if not (child := os.fork()):
         os.setsid()  # so that its processes end with it
@@ -294,26 +192,40 @@ def first_failure(folder: Path, tests: list[str]) -> str:
         for stream in range(3):
             os.dup2(null, stream)
         files = list(dict.fromkeys(test.split("::")[0] for test in tests))
-        pytest.main(["-x", "-q", *FLAGS, *files], plugins=[Chosen(tests)])
-        os._exit(0)
+        os._exit(pytest.main(["-x", "-q", *FLAGS, *files], plugins=[Chosen(tests)]))
     end = time.time() + 4 * SECONDS
-    while not os.waitpid(child, os.WNOHANG)[0]:
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.05)
         if time.time() > end:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"none of {len(tests)} tests, but they do not end"
-    return (folder / "failed").read_text() if (folder / "failed").exists() else ""
+            return "the end of patience"
+    named = (folder / "failed").read_text() if (folder / "failed").exists() else "an import"
+    return named if ended[1] else ""
+
+
+def seen_by(mistake: Mistake, folder: Path, known: dict, sound: set[str]) -> str:
+    """The test that fails if the mistake is made in the copy, and passes if it is not; or ""."""
+    path, tests = folder / mistake.file, chosen_tests(mistake, known)
+    source = path.read_bytes()
+    path.write_bytes(source[: mistake.start] + mistake.text + source[mistake.end :])
+    failed = first_failure(folder, tests) if tests else ""
+    path.write_bytes(source)
+    if failed in tests and failed not in sound:
+        if first_failure(folder, [failed]):  # it fails without a mistake, too: without it, again
+            known.pop(failed)
+            return seen_by(mistake, folder, known, sound)
+        sound.add(failed)
+    return failed.removeprefix("tests/")
 
 
 def main(n: int, seed: int) -> None:
     """Makes n mistakes; the last line is `seen S of M, K equivalent`, where M + K = n."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    lines = EQUIVALENT.read_text("utf-8").splitlines()
-    reasons = {(x["file"], x["code"], x["wrong"]): x["reason"] for x in map(json.loads, lines)}
+    named = map(json.loads, EQUIVALENT.read_text("utf-8").splitlines())
+    reasons = {(x["file"], x["code"], x["wrong"]): x["reason"] for x in named}
     every = [mistake for file in SOURCES for mistake in mistakes(file)]
-    drawn = random.Random(seed).sample(every, min(n, len(every)))
-    seen, survivors = 0, []
+    survivors, equivalent, sound = [], 0, set()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "copy"
         outputs = shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", ".*_cache")
@@ -322,24 +234,19 @@ def main(n: int, seed: int) -> None:
         for module in SLOW_IMPORTS:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
-        for place, mistake in enumerate(drawn, start=1):
-            file, line, _, code, wrong, start, end, text = mistake
-            path, begin = folder / file, time.time()
-            if reason := reasons.get((file, code, wrong)):
-                what = f"equivalent: {reason}"
+        for place, mistake in enumerate(random.Random(seed).sample(every, n), start=1):
+            start, what = time.time(), (mistake.file, mistake.code, mistake.wrong)
+            if what in reasons:
+                equivalent += 1
+                verdict = f"equivalent: {reasons[what]}"
+            elif test := seen_by(mistake, folder, known, sound):
+                verdict = f"seen by {test}"
             else:
-                source = path.read_bytes()
-                path.write_bytes(source[:start] + text.encode() + source[end:])
-                failed = first_failure(folder, chosen_tests(mistake, known))
-                path.write_bytes(source)
-                seen += bool(failed)
-                survivors += [] if failed else [mistake]
-                what = f"seen by {failed.removeprefix('tests/')}" if failed else "SURVIVES"
-            took = time.time() - begin
-            print(
-                f"{place} {file}:{line}: {code}\n  -> {wrong}\n  {took:.0f} s, {what}", flush=True
-            )
-    for mistake in survivors:
-        print(json.dumps({name: getattr(mistake, name) for name in ("file", "code", "wrong")}))
-    tested = seen + len(survivors)
-    print(f"seen {seen} of {tested}, {len(drawn) - tested} equivalent")
+                survivors.append(what)
+                verdict = "SURVIVES"
+            print(f"{place} {mistake.file}:{mistake.line}: {mistake.code}\n  -> {mistake.wrong}")
+            print(f"  {time.time() - start:.0f} s, {verdict}", flush=True)
+    for what in survivors:
+        print(json.dumps(dict(zip(("file", "code", "wrong"), what, strict=True))))
+    tested = n - equivalent
+    print(f"seen {tested - len(survivors)} of {tested}, {equivalent} equivalent")

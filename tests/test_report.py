@@ -243,6 +243,8 @@ def test_the_conclusion_in_words():
         "1.00), at 44.4 nats of KL."
     )
     assert printed(report.print_conclusion, [sft, best], 300) == []
+    for even in (worse | {"gold": 5.0}, worse | {"score": 1.0}):
+        assert "pleases" not in " ".join(printed(report.print_conclusion, [sft, best, even], 300))
 
 
 # ---- the report of a reward model

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import tensor
 
+import data
 import reward
 from data import report, toy
 from data.processes import shuffled
@@ -396,6 +397,36 @@ def test_without_demonstrations_the_best_ranked_score_zero(tiny_base):
     reward.center(model, comparisons, codec, config)
     (_, best, _), (one, other, _) = reward.score_all(model, comparisons, config)
     assert best + one + other == pytest.approx(0, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "flags, source",
+    [
+        ({"seed": 4}, "toy"),
+        ({"seed": 4, "comparisons": "x", "demonstrations": "d.jsonl"}, "d.jsonl"),
+    ],
+)
+def test_demonstrations_that_are_no_part_of_the_training_score_zero(
+    flags, source, tiny_base, monkeypatch
+):
+    model, codec, asked = ScalarModel(GPT.load(tiny_base)).eval(), Codec.load(tiny_base), []
+    rows = [{"prompt": "Why?", "response": text} for text in ("a b", "c", "d!")]
+    monkeypatch.setattr(data, "demonstrations", lambda *x: asked.append(x) or rows)
+    reward.center(model, [], codec, reward.Config(device="cpu", **flags))
+    assert asked == [(source, 500, 5)]
+    batch = pack([codec.prompt("Why?")] * 3, [codec.response(row["response"]) for row in rows])
+    assert model.score(batch).mean().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_new_prompts_of_the_toy_world_are_asked_in_every_round(tiny_base, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "prompts", lambda *x: asked.append(x) or ["a"])
+    monkeypatch.setattr(reward, "generate", lambda model, prompts, *_, **__: [[1]] * len(prompts))
+    for seed, policy in ((0, ""), (0, tiny_base), (1, "")):
+        config = reward.Config(sft=tiny_base, policy=policy, seed=seed, toy_prompts=9, device="cpu")
+        assert reward.collect(config) == []  # one response only is different
+    assert [x[:2] for x in asked] == [("toy", 9)] * 3 and len({x[2] for x in asked}) == 3
 
 
 def test_a_whole_run_by_hand(tiny_base, monkeypatch, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from torch import tensor
 
 import sft
+from data import toy
 from data.processes import shuffled
 from data.records import UserError, save_records
 from data.run import Run
@@ -178,9 +179,9 @@ def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_p
     codec, config = Codec(get_tokenizer("toy"), "{prompt}"), sft.Config(**flags)
     run = Run("sft", config, tmp_path, model.config, codec, optimizer, model=model)
     monkeypatch.setattr(sft, "answer", lambda run, prompts, step: [codec.response(f"{step}")])
-    last = sft.train(run, held_out, pairs, epochs=9, batch_size=2, asked=["Why?"])
+    last = sft.train(run, held_out, pairs, epochs=21, batch_size=2, asked=["Why?"])
     losses, measured = [], []
-    for step in range(18):
+    for step in range(42):
         epoch, i = divmod(step, 2)
         chosen = [pairs[b] for b in shuffled(range(3), 3, "sft", epoch)[2 * i :][:2]]
         loss = sft_loss(plain, pack(*map(list, zip(*chosen, strict=True))))
@@ -188,16 +189,16 @@ def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_p
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         with torch.no_grad():
             for p in plain.parameters():
-                p -= 0.5 * (0.55 + 0.45 * math.cos(math.pi * step / 18)) * p.grad
+                p -= 0.5 * (0.55 + 0.45 * math.cos(math.pi * step / 42)) * p.grad
                 p.grad = None
             losses.append(loss.item())
             measured.append(sft_loss(plain, pack([[1, 2]], [[3, 4, EOS]])).item())
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, atol=1e-5, rtol=0)
     assert [row["loss"] for row in run.metrics] == pytest.approx(losses, abs=1e-5)
-    # an eighth of the steps is two, and the last step counts
+    # an eighth of the steps is five, and the last step counts
     times = [row["step"] for row in run.metrics if "held_out_loss" in row]
-    assert times == [0, 2, 4, 6, 8, 10, 12, 14, 16, 17]
+    assert times == [0, 5, 10, 15, 20, 25, 30, 35, 40, 41]
     found = [run.metrics[step]["held_out_loss"] for step in times]
     assert found == pytest.approx([measured[step] for step in times], abs=1e-5)
     assert last == run.metrics[-1]
@@ -275,6 +276,26 @@ def test_what_both_stages_are_given(monkeypatch, tmp_path, capsys):
     assert "base: held-out loss 0.125 nats per token\nsft: held-out loss 0.250" in out
     sft.main(sft.Config(device="cpu", init=files["base"], **{**files, "out": str(tmp_path / "x")}))
     assert given[2][0] == "sft" and given[2][9].equal(base[9])
+
+
+def test_the_toy_world_is_that_of_the_seed(monkeypatch, tmp_path):
+    given, sizes = [], {"n_layer": 1, "n_head": 1, "n_embd": 4}
+
+    def train(run, held_out, pairs, *_):
+        given.append(held_out + pairs)
+        run.save()
+        return {"held_out_loss": 0.0}
+
+    monkeypatch.setattr(sft, "train", train)
+    files = {"out": str(tmp_path / "sft"), "base": str(tmp_path / "base"), "device": "cpu"}
+    numbers = {"toy_texts": 30, "toy_demonstrations": 20, "seed": 4, "pretrain_mix": 0.1}
+    sft.main(sft.Config(**files, **sizes, **numbers))
+    codec = Codec(get_tokenizer("toy"), "{prompt}\\n")
+    pieces = documents(toy.pages(30, 4), codec, 256)
+    assert sorted(given[0]) == sorted(pieces)
+    rows = toy.demonstrations(20, 4)
+    pairs = [(codec.prompt(row["prompt"]), codec.response(row["response"])) for row in rows]
+    assert given[1] == pairs + pieces[:2]
 
 
 def test_what_is_held_out_is_not_trained_on(tiny_base, monkeypatch, tmp_path):
