@@ -1096,6 +1096,8 @@ def test_where_each_network_starts(stages, tiny_base, tmp_path):
     assert moved(models.value_model) == 0 and models.value_model.gpt is not models.policy
     with pytest.raises(UserError, match="--shard needs --value model"):
         ppo.Models.load(replace(config, value="head", shard=True))
+    with pytest.raises(UserError, match="--shard needs several processes"):
+        ppo.Models.load(replace(config, value="model", shard=True))
 
 
 def test_policies_are_compared_with_their_averages(stages, tiny_base):
