@@ -16,7 +16,7 @@ from torch import tensor
 import data
 import ppo
 from data import toy
-from data.processes import shuffled
+from data.processes import generator, shuffled
 from data.records import UserError, printable, save_records
 from data.run import Run
 from data.tokenizer import Codec, documents, get_tokenizer
@@ -248,6 +248,21 @@ def test_an_update_of_several_epochs_is_that_of_a_plain_loop(value, max_tokens):
     if max_tokens > 7:
         names = ("policy/loss", "value/loss", "ptx/loss", "policy/entropy")
         assert [stats[name] for name in names] == pytest.approx(means[:4], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("limit, steps", [(1e-9, 2), (1e9, 6), (0.0, 6)])
+def test_a_limit_on_the_kl_ends_an_update_after_the_step_that_exceeds_it(limit, steps, monkeypatch):
+    """The first step sees ratio 1, the second what the first has changed."""
+    models, taken, step = tiny_models(), [], ppo.clip_and_step
+    monkeypatch.setattr(ppo, "clip_and_step", lambda *x: taken.append(1) or step(*x))
+    flags = {"minibatch_size": 1, "ppo_epochs": 2, "max_approx_kl": limit, "device": "cpu"}
+    config, rollout = ppo.Config(**flags), made_rollout()
+    with torch.no_grad():
+        batch = pack(rollout.prompts, rollout.responses)
+        rollout.old_logprobs = token_logprobs(models.policy, batch)[0]
+    optimizer = adam([(models.policy, 0.1), (models.value_model, 0.1)])
+    stats = ppo.update(models, optimizer, rollout, config, 1.0, (0, "ppo", 0))
+    assert len(taken) == steps and stats["policy/approx_kl"] > 1e-6
 
 
 @pytest.fixture
@@ -782,6 +797,16 @@ def compared(tiny_base) -> tuple[GPT, Codec, ppo.Config]:
     return GPT.load(tiny_base).eval(), Codec.load(tiny_base), config
 
 
+def test_all_models_draw_with_the_same_numbers(compared):
+    gpt, codec, config = compared
+    prompts = [codec.prompt(row["prompt"]) for row in toy.prompts(3, 0, "dev")]
+    config = replace(config, seed=3)
+    for given, temperature in (((), 0.7), ((1.3,), 1.3), ((0,), 0)):
+        seed = generator(3, "compare")
+        expected = generate(gpt, prompts, 8, codec.eos, temperature, generator=seed)
+        assert ppo.sample(gpt, prompts, codec, config, *given) == expected
+
+
 @torch.no_grad()
 def test_the_kl_of_a_model_with_itself_is_zero_at_any_temperature(compared):
     gpt, codec, config = compared
@@ -1149,6 +1174,23 @@ def test_a_reward_model_has_to_beat_chance_by_its_half_width(
         words = f"orders {accuracy:.3f} ± {half_width:.3f} of held-out pairs, no better than chance"
         with pytest.raises(UserError, match=words):
             ppo.check_reward_model(stages["reward"])
+
+
+def test_a_run_is_refused_on_a_reward_model_that_may_be_worthless(stages, tmp_path):
+    path, out = tmp_path / "reward" / "checkpoint.pt", tmp_path / "ppo"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"metrics": [{"accuracy": 0.5, "accuracy_ci": 0.1}]}, path)
+    files = {"sft": stages["sft"], "reward_model": stages["reward"], "out": str(out)}
+    config = ppo.Config(iterations=0, device="cpu", **files)
+    with pytest.raises(UserError, match="orders 0.500 ± 0.100 of held-out pairs"):
+        ppo.train(config)
+    assert not out.exists()
+    assert list(ppo.train(replace(config, trust=True, ema_decay=0.0))) == ["ppo"]
+    (tmp_path / "mine.py").write_text("def size(texts, prompts): return [len(x) for x in texts]\n")
+    ppo.train(replace(config, reward=f"{tmp_path}/mine.py:size"))
+    torch.save(saved | {"metrics": [{"accuracy": 0.9}]}, path)
+    with pytest.raises(UserError, match="is not trained to its end; continue with reward.py"):
+        ppo.train(config)
 
 
 # ---- what is refused before any training ----

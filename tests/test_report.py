@@ -160,6 +160,17 @@ def test_a_person_is_not_asked_over_earlier_answers(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_person_judges_into_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(labeler.Person, "ask", lambda self, item, *_: asked.append(item) or [1, 2])
+    config, asked = SimpleNamespace(out=str(tmp_path), judge="human", seed=7, resume=False), []
+    rows = [a_row("sft", score=1.0, kl=0.0), a_row("best_of_16", score=1.0, kl=0.0)]
+    answered = {"sft": ["a", "b"], "best_of_16": ["c", "d"]}
+    report.finish(config, rows, [], answered, ["x", "y"], 0.0)
+    assert sorted(asked) == [0, 1] and (tmp_path / "answers.jsonl").exists()
+    saved = strictly((tmp_path / "results.json").read_text())["rows"]
+    assert [row["human_win_rate"] for row in saved] == [None, 0]
+
+
 # ---- what is printed
 
 

@@ -184,6 +184,32 @@ def test_a_bag_of_words_learns_words_and_neither_order_nor_prompt():
     assert all(good == pytest.approx(bad, abs=1e-5) for good, bad in found)
 
 
+def test_a_bag_of_words_is_five_epochs_of_adam():
+    """Of 33 prompts, 32 a step and then one; weights start at 0."""
+    rng = random.Random(1)
+    ranks = [[1, 2, 2] if rng.random() < 0.5 else [2, 1] for _ in range(33)]
+    words = [[[rng.randrange(9) for _ in range(1 + k)] for k in range(len(r))] for r in ranks]
+    comparisons = [
+        reward.Comparison({"ranks": r}, [([1], w) for w in own])
+        for r, own in zip(ranks, words, strict=True)
+    ]
+    weight = torch.zeros(9, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.01)
+    for step in range(10):
+        epoch, i = divmod(step, 2)
+        losses = []
+        for b in shuffled(range(33), "bag of words", epoch)[32 * i :][:32]:
+            scores = torch.stack([weight[word].sum() for word in words[b]])
+            losses.append(ranking_loss(scores, tensor(ranks[b]), [len(ranks[b])]))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+    expected = [[weight[word].sum().item() for word in own] for own in words[:4]]
+    found = reward.bag_of_words(comparisons, comparisons[:4], 9)
+    for own, other in zip(found, expected, strict=True):
+        assert own == pytest.approx(other, abs=1e-5)
+
+
 def test_a_labeler_who_is_always_wrong_is_reported_as_such(monkeypatch):
     """And the reward model as always right by the rubric, for it scores by the rubric here."""
     codec = Codec(get_tokenizer("toy"), "{prompt}\\n")

@@ -17,7 +17,7 @@ from data.tokenizer import Codec, Pair, documents, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack
 from sft import sft_loss
 
-EOS = 0
+EOS, TOY = 0, get_tokenizer("toy")
 PROMPTS = [[3, 5], [7], [1, EOS, 4, 4, 9]]
 RESPONSES = [[2, 8, EOS], [EOS], [11, 12, 2, 2, 6]]
 
@@ -206,6 +206,23 @@ def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_p
     assert (tmp_path / "samples.txt").read_text() == blocks
 
 
+@pytest.mark.parametrize("stage, judged", [("sft", [1, 3, 5]), ("base", [])])
+def test_an_epoch_is_judged_when_it_ends(stage, judged, monkeypatch, tmp_path):
+    pairs, model, codec = (
+        list(zip(PROMPTS, RESPONSES, strict=True)),
+        tiny_gpt(),
+        Codec(TOY, "{prompt}"),
+    )
+    config, epochs = sft.Config(device="cpu", reward_model="here"), []
+    run = Run(stage, config, tmp_path, model.config, codec, adam([(model, 0.0)]), model=model)
+    monkeypatch.setattr(sft, "answer", lambda *_: [])
+    monkeypatch.setattr(
+        sft, "judge_epoch", lambda run, held_out: epochs.append((run.step, held_out))
+    )
+    sft.train(run, pairs[:1], pairs, epochs=3, batch_size=2, asked=[])
+    assert epochs == [(step, pairs[:1]) for step in judged]
+
+
 def test_an_answer_fits_into_the_context_behind_its_cut_prompt(tmp_path):
     """At most 80 tokens, or half of a small context."""
     codec, gpt = Codec(get_tokenizer("toy"), "{prompt}"), tiny_gpt()
@@ -360,7 +377,13 @@ def test_every_step_draws_a_dropout_of_its_own(tiny_base, monkeypatch, tmp_path)
 def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch, tmp_path, capsys):
     gpt, codec, score = GPT.load(tiny_base), Codec.load(tiny_base), [0.0]
     monkeypatch.setattr(sft.ScalarModel, "load", lambda folder: ScalarModel(gpt))
-    monkeypatch.setattr(sft.ScalarModel, "score", lambda self, batch: tensor(score))
+    prompts = []
+
+    def noted_score(self, batch):
+        prompts.append(batch.tokens[~batch.is_response].tolist())
+        return tensor(score)
+
+    monkeypatch.setattr(sft.ScalarModel, "score", noted_score)
     config = sft.Config(device="cpu", reward_model="here")
     run = Run("sft", config, tmp_path, gpt.config, codec, adam([(gpt, 0.0)]), model=gpt)
     scores = [0.1, 0.9, 0.5]
@@ -369,6 +392,7 @@ def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch, tm
         score[0] = scores[epoch]
         run.log({"loss": 0.0})
         sft.judge_epoch(run, [([1, 2], [3])])
+    assert prompts == [[1, 2]] * 3
     losses = [line["held_out_loss"] for line in run.metrics]
     assert [line["reward_score"] for line in run.metrics] == pytest.approx(scores)
     sft.keep_best_epoch(run)
