@@ -10,9 +10,9 @@ import torch
 
 import ppo
 import sft
-from data import records, run
+from data import folders, records, run
 from data.records import UserError
-from data.run import Run, RunConfig, command, load_checkpoint, parse, precision, progress
+from data.run import Run, RunConfig, command, load_checkpoint, parse, program, progress
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, adam
 
@@ -59,7 +59,8 @@ def test_help_holds_the_comments_and_defaults(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Stage 1: supervised fine-tuning on demonstrations (InstructGPT, section 3.5)" in shown
     assert "--n_layer N_LAYER transformer blocks (default: 2)" in shown
-    assert "--save_every SAVE_EVERY steps between checkpoints (default: 100)" in shown
+    steps = "steps between checkpoints; 0: as often as costs 5 % of the time (default: 0)"
+    assert f"--save_every SAVE_EVERY {steps}" in shown
     assert "--out OUT run folder of the fine-tuned model (default: 'out/sft')" in shown
 
 
@@ -94,7 +95,7 @@ def test_how_a_program_ends(monkeypatch, capfd):
 def test_precision_is_decided_around_the_program(dtype):
     seen = []
 
-    @precision
+    @program
     def main(config):
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
         product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -131,6 +132,7 @@ def fresh(tmp_path):
         torch.manual_seed(0)
         gpt, codec = GPT(GPTConfig(1025, 8, 1, 1, 4)), Codec(get_tokenizer("toy"), "{prompt}")
         config = sft.Config(out=str(tmp_path / "run"), **flags)
+        folders.lock(config.out)
         return Run("sft", config, config.out, gpt.config, codec, adam([(gpt, 0.1)]), model=gpt)
 
     return make
@@ -143,7 +145,6 @@ def lines(made: Run) -> list[dict]:
 def test_what_a_run_writes_and_when(fresh, monkeypatch, tmp_path):
     made, saves, save = fresh(save_every=3), [], Run.save
     monkeypatch.setattr(Run, "save", lambda self: saves.append(self.step) or save(self))
-    assert json.loads((made.folder / "config.json").read_text()) == asdict(made.config)
     assert Run.whereabouts() == ""
     for step in made.steps(7):
         assert lines(made) == [{"step": n, "loss": n / 2} for n in range(step)]  # of ended steps
@@ -153,6 +154,7 @@ def test_what_a_run_writes_and_when(fresh, monkeypatch, tmp_path):
         assert Run.whereabouts() == f" (sft, step {step}; {made.folder} has {held})"
         if step in (0, 5):
             made.sample(f"[step {step}]", "a\x1bb")
+    assert json.loads((made.folder / "config.json").read_text()) == asdict(made.config)
     assert saves == [3, 6, 7] and Run.whereabouts() == "" and made.saved == 7
     blocks = [f"[step {step}]\na\\x1bb\n\n" for step in (0, 5)]
     assert (made.folder / "samples.txt").read_text() == "".join(blocks)
@@ -202,6 +204,7 @@ def test_the_bar_shows_four_metrics(fresh):
 
 def test_only_the_first_process_writes(fresh, monkeypatch):
     monkeypatch.setattr(run, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(folders, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(run, "gather", lambda mine: [mine, mine])
     made = fresh()
     for _ in made.steps(2):
