@@ -194,7 +194,7 @@ def center(model: ScalarModel, training: Comparisons, codec: Codec, config: Conf
             {"prompt": c.record["prompt"], "response": text}
             for c in training[:500]
             for text, rank in zip(c.record["responses"], c.record["ranks"], strict=True)
-            if rank == 1
+            if rank == min(c.record["ranks"])
         ]
     scores = score_all(model, tokenised(rows, codec, model.gpt.config.block_size), config)
     with torch.no_grad():
@@ -272,7 +272,9 @@ def score_file(config: Config) -> dict:
         raise UserError(f"--out {config.out} is the file that --score reads; choose another one")
     codec, model = Codec.load(config.reward_model), ScalarModel.load(config.reward_model)
     rows = records.load_answers(config.score)
-    comparisons = tokenised(rows, codec, model.gpt.config.block_size)
+    comparisons = tokenised(rows, codec, block_size := model.gpt.config.block_size)
+    if not comparisons:
+        raise UserError(f"{config.score}: no response fits into a context of {block_size} tokens")
     scores = score_all(to_device(model, config).eval(), comparisons, config)
     scored = [c.record | {"scores": s} for c, s in zip(comparisons, scores, strict=True)]
     records.save_records(config.out, scored)

@@ -30,7 +30,7 @@ Loaded = tuple[str, list[str], list[int]]  # prompt, responses, ranks
 
 def guess_kind(path: str) -> str:
     """What the keys of the first row say the records are."""
-    if os.path.isdir(path) or records.is_plain_text(path):
+    if os.path.isdir(path) or records.ends(path, *records.TXT):
         return "texts"
     row = next(records.read_rows(path))
     for kind, (key, _) in KINDS.items():

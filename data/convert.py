@@ -30,13 +30,16 @@ HH_SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "ha
 HH = [f"hh:{subset}/{part}" for subset in HH_SUBSETS for part in ("train", "test")]
 SYNONYMS = {  # our key: what it is called elsewhere
     "prompt": ("question", "query", "input", "problem"),
-    "response": ("answer", "output", "reply", "target", "solution"),
-    "responses": ("answers", "outputs", "replies", "candidates", "completions"),
+    "response": ("answer", "output", "reply", "target", "solution", "label", "summary"),
+    "responses": ("answers", "outputs", "replies", "candidates", "completions", "generations"),
     "chosen": ("accepted", "preferred", "better", "positive"),
     "rejected": ("dispreferred", "worse", "negative"),
     "messages": ("dialog", "dialogue", "conversation", "chat", "turns"),
     "text": ("content", "document", "body", "article"),
 }
+REPLIES = {"chosen", "rejected", "completion", "output", "response"}
+GRADES = {"helpfulness", "rating", "reward", "score"}  # of a reply, which may be a bad one
+NEXT = {"0": "1", "1": "2", "a": "b", "A": "B"}  # endings of two names
 JSON_COLUMNS = re.compile(  # of a table: lists and scores
     r"responses|ranks|scores|messages|conversations|history|score_\w+|\w+_score|\w+[_-]rating"
 )
@@ -67,20 +70,26 @@ def fetch(source: str) -> Path:
 
 def read_source(path: Path) -> Iterator[Row]:
     """Yields the rows of a file or folder; a text without rows is a row of its own."""
-    if path.is_dir() or records.is_plain_text(path):
+    if path.is_dir() or records.ends(path, *records.TXT):
         return (Row(path, 1, {"text": text}) for text in records.load_texts(path))
     if path.suffix == ".zip":
         return read_polarity(path)
-    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+    if records.ends(path, ".csv", ".tsv", ".csv.gz", ".tsv.gz"):
         return read_table(path)
-    lines = (line for _, line in records.read_lines(path))
-    first = next(filter(str.strip, lines), "")
-    return read_array(path) if first.lstrip().startswith("[") else records.read_rows(path)
+    lines = ((number, line.strip()) for number, line in records.read_lines(path) if line.strip())
+    number, first = next(lines, (1, "{}"))
+    if not first.startswith(("[", "{")):
+        expected = "JSON Lines, a JSON array, or a name that ends in .csv, .tsv or .txt"
+        raise DataError(path, number, "the first line is no JSON", expected)
+    is_lines = first.startswith("{") and first.endswith("}")
+    return records.read_rows(path) if is_lines else read_array(path)
 
 
 def read_array(path: Path) -> Iterator[Row]:
-    """Yields the objects of a JSON array with the line on which each begins."""
+    """Yields the objects of a JSON array, or those that take several lines each, and their line."""
     text = "".join(line for _, line in records.read_lines(path))
+    if text.lstrip().startswith("{"):
+        text = "[" + re.sub(r"(?m)^}(?=\s*{)", "},", text) + "]"
     records.parse_json(path, 1, text)  # a fault anywhere ends here; below counts lines
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     line, position = 1, 0
@@ -126,14 +135,38 @@ def read_polarity(path: Path) -> Iterator[Row]:
 # ---- from rows to records ----
 
 
+class Fields(dict):
+    """The fields of a row that say something, and which of them were not read.
+
+    They are neither null nor blank, but for replies. Dropped if the format needs others.
+    """
+
+    def __init__(self, fields: dict, format: Format) -> None:
+        blank = {key for key, x in fields.items() if isinstance(x, str) and not x.strip()}
+        blank -= REPLIES if format.keys - REPLIES else set()  # HH's replies are whole dialogues
+        blank |= {key for key, x in fields.items() if x is None} - {"ranks", "scores", "parent_id"}
+        super().__init__({key: fields[key] for key in fields.keys() - blank})
+        if lacking := format.keys & blank:
+            raise Dropped(f'with a blank or null "{min(lacking)}"')
+        self.unread = self.keys() - format.keys - {""}  # "" is a table's column of row numbers
+
+    def get(self, key: str, default: object = None) -> object:
+        self.unread.discard(key)
+        return super().get(key, default)
+
+
 def recognise(row: Row, kind: str | None) -> Format:
     """The format whose keys the row has; else an error that says what to rename."""
     found = set(row.fields)
-    if isinstance(row.fields.get("prompt"), dict):
-        found.add("prompt.role")
-    foreign, renames = found.difference(*(format.keys for format in FORMATS)), {}
+    for key, value in row.fields.items():
+        first = value[0] if isinstance(value, list) and value else value
+        found |= {f"{key}.{name}" for name in first} if isinstance(first, dict) else set()
+    if len(row.fields) > 1 and all(isinstance(value, dict) for value in row.fields.values()):
+        raise row.error("the file is a table by columns", "rows: to_json(B, 'records') in pandas")
+    foreign, renames = row.fields.keys() - set().union(*(format.keys for format in FORMATS)), {}
     for key in SYNONYMS.keys() - found:
-        others = [other for other in SYNONYMS[key] if other in found]
+        kinds = list if key in ("responses", "messages") else object
+        others = [x for x in SYNONYMS[key] if x in found and isinstance(row.fields[x], kinds)]
         for other in others or difflib.get_close_matches(key, foreign, 1, cutoff=0.85):
             renames[key] = f'rename "{other}" to "{key}"'
     has = found | renames.keys()
@@ -141,11 +174,21 @@ def recognise(row: Row, kind: str | None) -> Format:
     nearest = max(FORMATS, key=lambda format: len(format.keys & has) / len(format.keys))
     # a prompt beside what may be its reply is not taken for a prompt alone
     if fits and (fits.keys != {"prompt"} or fits is nearest or kind == "prompts"):
+        if not kind and fits.read is formats.read_reply and (grades := GRADES & found):
+            expected = 'all replies to a prompt in one row, as "responses" and "scores"'
+            expected += "; or --demonstrations, to learn from every reply"
+            raise row.error(f'a single reply with "{min(grades)}"', expected)
         return fits
     steps = [renames.get(key, f'add "{key}"') for key in sorted(nearest.keys - found)]
     steps += ["or give --prompts"] if fits else []
-    keys = ", ".join(sorted(found))[:200] or "(none)"
     remedy = f"{nearest.name}: {', '.join(steps)}"
+    if not nearest.keys & has:
+        remedy = "a format of data/README.md; a list of rows has to stand in a file alone"
+    twins = [(key, key[:-1] + NEXT.get(key[-1:], "?")) for key in row.fields]
+    twins = [pair for pair in twins if isinstance(row.fields.get(pair[1]), str | list)]
+    for a, b in sorted(twins, key=lambda pair: len(str(row.fields[pair[1]])))[-1:]:
+        remedy = f'"chosen" for the better of "{a}" and "{b}", "rejected" for the other'
+    keys = ", ".join(sorted(row.fields))[:200] or "(none)"
     raise row.error(f"the keys {keys} are of no known format", remedy)
 
 
@@ -155,15 +198,17 @@ def read(source: str | Path, kind: str | None = None, last: bool = False) -> tup
     The counts are the number of rows and what became of some of them; a source without rows has no
     format.
     """
-    format, examples, converted, counts = None, [], [], Counter(rows=0)
+    format, examples, converted, counts, unread = None, [], [], Counter(rows=0), set()
     for row in read_source(fetch(str(source))):
         format = format or recognise(row, kind)
         counts["rows"] += 1
         try:
+            row = row._replace(fields=Fields(row.fields, format))
             found = list(format.read(row, counts))
         except Dropped as reason:
             counts[f"{reason} dropped"] += 1
             continue
+        unread |= row.fields.unread
         if last and format.read is formats.read_dialogue:
             answered = [example for example in found if example.responses][-1:]
             counts["turns before the last reply left out"] += len(found) - len(answered)
@@ -176,7 +221,7 @@ def read(source: str | Path, kind: str | None = None, last: bool = False) -> tup
             converted.append(to_record(example, kind, dialogue))
         except Dropped as reason:
             counts[f"{reason} dropped"] += 1
-    return format, kind, converted, counts
+    return format and format._replace(unread=sorted(unread)), kind, converted, counts
 
 
 def default_kind(examples: list[Example]) -> str:
@@ -194,8 +239,8 @@ def to_record(example: Example, kind: str, dialogue: bool) -> dict[str, object]:
     if not example.prompt:
         raise Dropped("without a prompt")
     record: dict[str, object] = {"prompt": formats.lay_out(example.prompt, dialogue)}
-    ranks = example.ranks
-    responses = [x if dialogue else x.removeprefix(" ") for x in example.responses]
+    own, ranks = not dialogue or formats.is_laid_out(example.prompt[-1]), example.ranks
+    responses = [x.removeprefix(" ") if own else x for x in example.responses]
     if kind == "prompts":
         return record
     if kind == "comparisons":
@@ -234,10 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             expected = "one usable row or more"
             raise DataError(args.source, 1, f"nothing usable ({summary})", expected)
         records.save_records(args.out, converted)
-        print(f"{args.source}: {format.name} (keys: {', '.join(sorted(format.keys))})")
+        keys = ", ".join(sorted(format.keys)) + "; not read: " * bool(format.unread)
+        print(f"{args.source}: {format.name} (keys: {keys}{', '.join(format.unread):.300})")
         print(f"{summary}; {len(converted):,} {kind} written to {args.out}")
-        if any(str(record.get("prompt")).endswith(ASSISTANT) for record in converted):
-            print('the prompts are dialogues: train with --template "{prompt}"')
+        if n := sum(str(row.get("prompt")).rstrip().endswith(ASSISTANT) for row in converted):
+            print(f'{n:,} of the prompts are dialogues: train with --template "{{prompt}}"')
 
 
 if __name__ == "__main__":

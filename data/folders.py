@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -37,9 +38,11 @@ def lock(folder: str | Path) -> None:
 
 
 def free(folders: list[Path]) -> None:
-    """Lets other processes use the folders."""
+    """Lets other processes use the folders; one in which nothing was written is removed."""
     for folder in folders:
         LOCKS.pop(folder).close()
+        if folder.exists() and os.listdir(folder) == [".lock"]:
+            shutil.rmtree(folder)
 
 
 def claim(folder: str | Path, resume: bool) -> None:

@@ -14,17 +14,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from data.records import MAX_RANK, Row, as_row, ranked_responses
+from data.records import MAX_RANK, Row, as_row, pair_accuracy, ranked_responses
 
 HUMAN, ASSISTANT, SYSTEM = "\n\nHuman:", "\n\nAssistant:", "\n\nSystem:"
 PLAIN = ""  # the tag of a prompt that is a string and no message
-TAGS = {"human": HUMAN, "user": HUMAN, "prompter": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT}
-TAGS |= {"model": ASSISTANT, "system": SYSTEM, "developer": SYSTEM}
+TAGS = {"human": HUMAN, "user": HUMAN, "prompter": HUMAN, "system": SYSTEM, "developer": SYSTEM}
+TAGS |= dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bing", "bard", "bot"), ASSISTANT)
 TOOLS = {"tool", "function", "function_call", "observation"}  # roles that have no tag
-CHATS = ("messages", "conversations")
-PROMPTS = ("prompt", "instruction", *CHATS)  # where a prompt may stand
+CALLS = ("tool_calls", "function_call")  # keys of a message
+CHATS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", *CHATS, "question")  # where a prompt may stand
 SIDES = ("chosen", "rejected")
 SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")  # names of the score of a side
+GRADED = dict.fromkeys(("response", "answer", "text"), "responses")  # in a reply that is an object
+GRADED |= {"rank": "ranks", "overall_score": "scores", "pm_score": "scores"}
 PROMPT_WORDS = 5  # of a snippet
 Turn = tuple[str, str]  # tag, text as it follows the tag: after a space
 Counts = Counter[str]  # what was left out or merged: how often
@@ -54,9 +57,15 @@ def read_turns(row: Row, key: str, counts: Counts, speaker: str | None = None) -
     turns = []
     for item in value if isinstance(value, list) else [value]:
         message = as_row(row.path, row.line, item, f'a message of "{key}"')
+        if {"input", "output"} <= message.fields.keys():  # a question and its answer, as Capybara's
+            texts = zip((HUMAN, ASSISTANT), ("input", "output"), strict=True)
+            turns += [(tag, " " + message.text(own, may_be_blank=True)) for tag, own in texts]
+            continue
         role = message.text("from" if "from" in message.fields else "role").lower()
-        if role in TOOLS or message.fields.get("tool_calls"):
+        if role in TOOLS or any(map(message.fields.get, CALLS)):
             raise Dropped("with tool calls")
+        if message.fields.get("weight") == 0:  # OpenAI's mark of what is not to be learnt
+            raise Dropped("with a message of weight 0")
         if role not in TAGS:
             raise message.error(f"the role {role:.40} is unknown", f"one of {', '.join(TAGS)}")
         turns.append((TAGS[role], " " + read_content(message, counts)))
@@ -66,7 +75,9 @@ def read_turns(row: Row, key: str, counts: Counts, speaker: str | None = None) -
 def read_content(message: Row, counts: Counts) -> str:
     """The text of a message, which may come in parts."""
     key = "value" if "value" in message.fields else "content"
-    parts = message.fields.get(key)
+    parts = message.fields.get(key, "missing")
+    if parts is None:
+        raise Dropped("with null for a message")
     if not isinstance(parts, list):
         return message.text(key, may_be_blank=True)
     rows = [as_row(message.path, message.line, part, "a part of a message") for part in parts]
@@ -89,47 +100,41 @@ def read_transcript(row: Row, key: str) -> list[Turn]:
 
 def read_earlier(row: Row) -> list[Turn]:
     """The system prompt, and under "history" pairs of a question and its answer."""
-    turns, history = [], row.fields.get("history")
-    for key in ("system", "system_prompt"):
-        if row.fields.get(key) is not None and row.text(key, may_be_blank=True).strip():
-            turns.append((SYSTEM, f" {row.fields[key]}"))
-    if history is None:
-        return turns
+    given = [key for key in ("system", "system_prompt") if key in row.fields]
+    turns, history = [(SYSTEM, f" {row.text(key)}") for key in given], row.fields.get("history", [])
     if not isinstance(history, list) or any(type(x) is not list or len(x) != 2 for x in history):
         raise row.error('"history" is no list of turns', "pairs [question, answer]")
-    for question, answer in history:
-        said = row._replace(fields={"question": question, "answer": answer})
-        turns.append((HUMAN, " " + said.text("question", may_be_blank=True)))
-        turns.append((ASSISTANT, " " + said.text("answer", may_be_blank=True)))
-    return turns
+    pairs = [{"input": question, "output": answer} for question, answer in history]
+    return turns + read_turns(row._replace(fields={"history": pairs}), "history", Counter())
 
 
 def read_prompt(row: Row, counts: Counts, keys: Sequence[str] = PROMPTS) -> list[Turn]:
     """All that precedes the reply; what an instruction is about stands below it."""
     key = next((key for key in keys if key in row.fields), "prompt")
     if key == "instruction":
-        text = row.text(key)
-        for extra in ("input", "context"):
-            if extra in row.fields and row.text(extra, may_be_blank=True).strip():
-                text += f"\n\n{row.fields[extra]}"
-        return [*read_earlier(row), (PLAIN, f" {text}")]
-    turns = read_turns(row, key, counts, PLAIN if key == "prompt" else None)
+        own = [key, *(extra for extra in ("input", "context") if extra in row.fields)]
+        return [*read_earlier(row), (PLAIN, " " + "\n\n".join(map(row.text, own)))]
+    turns = read_turns(row, key, counts, None if key in CHATS else PLAIN)
     if not turns:
         raise Dropped("without a prompt")
     return read_earlier(row) + turns
 
 
 def transcript(turns: list[Turn]) -> str:
-    return "".join((tag or HUMAN) + text for tag, text in turns)
+    return "".join(t[1][1:] if is_laid_out(t) else (t[0] or HUMAN) + t[1] for t in turns)
+
+
+def is_laid_out(turn: Turn) -> bool:
+    """Whether it is a string that is a dialogue up to where the assistant speaks."""
+    tags = re.findall(f"{HUMAN}|{ASSISTANT}", "\n\n" + turn[1].lstrip())
+    return turn[0] == PLAIN and HUMAN in tags and tags[-1] == ASSISTANT
 
 
 def lay_out(prompt: list[Turn], dialogue: bool) -> str:
     """The prompt as text: as a dialogue, or just what it says."""
-    return (
-        transcript(prompt) + ASSISTANT
-        if dialogue
-        else "".join(x.removeprefix(" ") for _, x in prompt)
-    )
+    if not dialogue:
+        return "".join(text.removeprefix(" ") for _, text in prompt)
+    return transcript(prompt) + ASSISTANT * (not is_laid_out(prompt[-1]))
 
 
 # ---- formats: the examples in one row ----
@@ -151,7 +156,8 @@ def read_dialogue(row: Row, counts: Counts) -> Iterator[Example]:
 
 def check_label(row: Row) -> None:
     """Drops a row whose reply is marked as a bad one, as KTO's data sets do."""
-    if any(str(row.fields.get(name)).lower() in ("false", "0") for name in ("label", "kto_tag")):
+    labels = [str(row.fields.get(name)).lower() for name in ("label", "kto_tag")]
+    if {"false", "0", "0.0"}.intersection(labels):
         raise Dropped("with the label false")
 
 
@@ -183,23 +189,53 @@ def read_snippet(row: Row, counts: Counts) -> Iterator[Example]:
 
 def read_ranked(row: Row, counts: Counts) -> Iterator[Example]:
     """Our own comparisons, or responses with scores, of which the highest is best."""
+    prompt, responses = read_prompt(row, counts), row.fields.get("responses")
+    if isinstance(responses, list) and [type(text) for text in responses] in ([], [str]):
+        raise Dropped("with fewer than two replies")
     ranks, scores = row.fields.get("ranks"), row.fields.get("scores")
     if isinstance(ranks, list):  # a table program makes whole numbers floats
         ranks = [int(r) if type(r) is float and r.is_integer() else r for r in ranks]
-        row = row._replace(fields=row.fields | {"ranks": ranks})
+        row.fields.update(ranks=ranks)
     elif "scores" in row.fields and "ranks" not in row.fields:
-        if not isinstance(scores, list) or not all(map(is_number, scores)):
-            raise row.error('"scores" is no list of numbers', "a score per response")
+        if not are_numbers(scores, responses):
+            raise row.error('"scores" is no list of numbers', "a score for each of the responses")
         counts["ranked by score"] += 1
         # equal scores have the best of their ranks, which comes last
         rank = dict(zip(sorted(scores), range(len(scores), 0, -1), strict=True))
-        row = row._replace(fields=row.fields | {"ranks": [rank[score] for score in scores]})
-    responses, ranks = ranked_responses(row)
-    yield Example(read_prompt(row, counts), [f" {text}" for text in responses], ranks)
+        row.fields.update(ranks=[rank[score] for score in scores])
+    elif "ranks" not in row.fields:
+        if other := [key for key, x in row.fields.items() if are_numbers(x, responses)]:
+            expected = f'"ranks" (1 is best) or "scores" (the highest is best): rename "{other[0]}"'
+            raise row.error('the responses have neither "ranks" nor "scores"', expected)
+        counts["taken to be best first"] += 1
+    texts, ranks = ranked_responses(row)
+    if len({text.strip() for text in texts}) == 1:
+        raise Dropped("without signal")
+    apart = len({*zip(texts, ranks, strict=True)}) > len({*texts})
+    counts["with equal replies ranked apart kept"] += apart
+    if are_numbers(scores, texts):
+        share, _, n = pair_accuracy([scores], [ranks])
+        counts["with scores against the ranks, which stand"] += n > 0 and share < 1
+    yield Example(prompt, [f" {text}" for text in texts], ranks)
 
 
-def is_number(value: object) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+def read_graded(row: Row, counts: Counts) -> Iterator[Example]:
+    """Replies that are objects with a text and a score or a rank, as in UltraFeedback or Nectar."""
+    replies = row.fields.get("completions", row.fields.get("answers")) or []
+    row.fields["responses"] = []
+    for reply in replies if isinstance(replies, list) else [replies]:
+        found = as_row(row.path, row.line, reply, "a reply").fields
+        for name in GRADED.keys() & found.keys():
+            row.fields.setdefault(GRADED[name], []).append(found[name])
+    return read_ranked(row, counts)
+
+
+def are_numbers(values: object, responses: object) -> bool:
+    """Whether this is a list of a finite number for each response."""
+    if not isinstance(values, list) or not isinstance(responses, list):
+        return False
+    numbers = [x for x in values if type(x) is int or (type(x) is float and math.isfinite(x))]
+    return len(numbers) == len(values) == len(responses)
 
 
 def read_pair(row: Row, counts: Counts) -> Iterator[Example]:
@@ -213,22 +249,31 @@ def read_pair(row: Row, counts: Counts) -> Iterator[Example]:
     counts["with further turns in a reply kept"] += has_turns(chosen) or has_turns(rejected)
     pairs = [[row.fields.get(name.format(side)) for side in SIDES] for name in SCORES]
     scores = next((pair for pair in pairs if pair != [None, None]), [1, 0])
-    if not all(map(is_number, scores)):
-        raise row.error("the scores do not match", "a number for each of the two")
+    if not are_numbers(scores, [chosen, rejected]):
+        wrong = (
+            f"the chosen reply has the score {scores[0]!s:.20}, the rejected one {scores[1]!s:.20}"
+        )
+        raise row.error(wrong, "a number for each, or for neither")
     tied = scores[0] == scores[1]
     counts["with equal scores tied"] += tied
+    counts["with a lower score for the chosen reply, which stands"] += scores[0] < scores[1]
     yield shuffled(prompt, [chosen, rejected], [1, 1 if tied else 2])
 
 
 def read_side(row: Row, side: str, counts: Counts) -> list[Turn]:
     """The dialogue that ends in the chosen, or in the rejected, reply."""
-    if isinstance(row.fields.get(side), str) and not row.fields.keys() & set(PROMPTS):
-        return read_transcript(row, side)
-    turns = read_turns(row, side, counts, ASSISTANT)
-    if not turns or turns[-1][0] != ASSISTANT:
+    reply, has_prompt = row.fields.get(side), bool(row.fields.keys() & set(PROMPTS))
+    if isinstance(reply, str) and (not has_prompt or reply.startswith(HUMAN)):
+        turns = read_transcript(row, side)
+    elif not (turns := read_turns(row, side, counts, ASSISTANT)) or turns[-1][0] != ASSISTANT:
         raise Dropped("without a reply")
-    is_reply_alone = turns[0][0] == ASSISTANT
-    return (read_prompt(row, counts) if is_reply_alone else read_earlier(row)) + turns
+    if turns[0][0] == ASSISTANT:  # the reply alone
+        return read_prompt(row, counts) + turns
+    if side == "chosen" and row.fields.get("prompt"):
+        tag, asked = read_prompt(row, counts, ["prompt"])[-1]
+        other = (tag + asked).strip() not in transcript(turns)
+        counts["with another prompt than their dialogues, which stand"] += other
+    return read_earlier(row) + turns
 
 
 def split(a: list[Turn], b: list[Turn]) -> tuple[list[Turn], str, str]:
@@ -298,22 +343,30 @@ class Format(NamedTuple):
     name: str
     keys: set[str]
     read: Callable[[Row, Counts], Iterator[Example]]
+    unread: Sequence[str] = ()  # further keys that rows have
 
 
 FORMATS = [  # a row is of the first whose keys it has; a dot leads into an object
     Format("responses with ranks or scores", {"prompt", "responses"}, read_ranked),
     Format("responses with ranks or scores", {"responses"}, read_ranked),
-    Format("chosen and rejected replies", {"prompt", "chosen", "rejected"}, read_pair),
-    Format("chosen and rejected replies", {"instruction", "chosen", "rejected"}, read_pair),
+    Format("chosen and rejected replies", {"prompt", *SIDES}, read_pair),
+    Format("chosen and rejected replies", {"instruction", *SIDES}, read_pair),
+    Format("chosen and rejected replies", {"question", *SIDES}, read_pair),
+    Format("UltraFeedback", {"completions.overall_score"}, read_graded),
+    Format("answers with ranks", {"answers.rank"}, read_graded),
+    Format("answers with scores", {"answers.pm_score"}, read_graded),
     Format("chosen and rejected dialogues, as in HH", {"chosen", "rejected"}, read_pair),
-    Format("OpenAssistant trees", {"prompt.role"}, read_tree),
+    Format("OpenAssistant trees", {"prompt.replies"}, read_tree),
     Format("snippets of text", {"snippet"}, read_snippet),
     Format("prompts with completions", {"prompt", "completion"}, read_reply),
     Format("demonstrations", {"prompt", "response"}, read_reply),
     Format("chat messages", {"messages"}, read_dialogue),
     Format("ShareGPT conversations", {"conversations"}, read_dialogue),
+    Format("a conversation", {"conversation"}, read_dialogue),
     Format("instructions with outputs", {"instruction", "output"}, read_reply),
     Format("instructions with responses", {"instruction", "response"}, read_reply),
+    Format("questions with responses", {"question", "response"}, read_reply),
     Format("prompts", {"prompt"}, read_dialogue),
+    Format("texts", {"text", "parent_id"}, read_text),
     Format("texts", {"text"}, read_text),
 ]

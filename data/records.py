@@ -27,6 +27,7 @@ import numpy as np
 
 MAX_K = 1_000  # responses per prompt; the pairs to compare grow with its square
 MAX_RANK = 2**31 - 1  # what an int32 tensor holds
+TXT = (".txt", ".txt.gz")  # plain text
 MAX_BLANKS = 500_000  # tiktoken's regular expression panics on 999,999 blanks before a word
 # NUL, a lone surrogate, or too many blanks, counted from the first of them
 NOT_PLAIN = re.compile(rf"[\0\ud800-\udfff]|(?<!\s)\s{{{MAX_BLANKS}}}")
@@ -37,6 +38,7 @@ NOT_TEXT = [  # files that are not UTF-8: how they begin, what they are, what to
     (("PAR1",), "Parquet", "JSON Lines: pandas.read_parquet(A).to_json(B, 'records', lines=True)"),
     (("\udcff\udcfe", "\udcfe\udcff"), "UTF-16", "UTF-8: iconv -f UTF-16 -t UTF-8 A > B"),
     (("\x1f\udc8b",), "gzipped", "a name that ends in .gz"),
+    (("BZh", "(\udcb5/\udcfd", "\udcfd7zXZ", "PK\3\4"), "packed, not by gzip", "it unpacked"),
 ]
 
 
@@ -90,7 +92,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yields (number from 1, text with its line end) of every line."""
-    number, opened = 0, gzip.open if str(path).endswith(".gz") else open
+    number, opened = 0, gzip.open if ends(path, ".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as f:
             for number, line in enumerate(f, start=1):
@@ -109,12 +111,20 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def parse_json(path: str | Path, line: int, text: str) -> object:
     """The JSON value of a text that begins on that line."""
     try:
-        return json.loads(text, parse_constant=int)  # NaN and Infinity, which are no JSON, fail
+        # int() refuses NaN and Infinity, which are no JSON
+        return json.loads(text, object_pairs_hook=as_object, parse_constant=int)
     except json.JSONDecodeError as error:
         line, wrong = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
-        wrong = str(error)
+        wrong = str(error).replace("invalid literal for int() with base 10:", "no number in JSON:")
     raise DataError(path, line, f"not JSON: {wrong}", ONE_OBJECT)
+
+
+def as_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(fields := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)} occurs twice in an object")
+    return fields
 
 
 def as_row(path: str | Path, line: int, value: object, name: str = "the row") -> Row:
@@ -156,7 +166,8 @@ def ranked_responses(row: Row) -> tuple[list[str], list[int]]:
         raise row.error('"ranks" does not match "responses"', f"a list of {len(texts)} ranks")
     # type() and not isinstance(): true is an int to Python
     if not all(type(rank) is int and 1 <= rank <= MAX_RANK for rank in ranks):
-        raise row.error('"ranks" holds something that is no rank', "whole numbers, 1 is best")
+        expected = f"whole numbers, 1 is best; {OTHER_FORMATS}"
+        raise row.error('"ranks" holds something that is no rank', expected)
     return texts, ranks
 
 
@@ -194,22 +205,22 @@ def load_prompts(path: str | Path) -> list[dict[str, str]]:
 
 
 def load_texts(path: str | Path) -> list[str]:
-    """The documents of a .txt file, of a folder's .txt files in order of name, or of JSON Lines."""
+    """The documents of a .txt file, of those in and below a folder by name, or of JSON Lines."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(filter(is_plain_text, path.iterdir()))
+        files = sorted(p for p in path.rglob("*") if ends(p, *TXT) and p.is_file())
         if not files:
             raise DataError(path, 1, "the folder holds no .txt file", "at least one")
         return [text for file in files for text in load_texts(file)]
-    if is_plain_text(path):
+    if ends(path, *TXT):
         rows = [Row(path, 1, {"text": "".join(line for _, line in read_lines(path))})]
     else:
         rows = read_rows(path)
     return [row.text("text").replace("\r\n", "\n") for row in rows]
 
 
-def is_plain_text(path: str | Path) -> bool:
-    return str(path).endswith((".txt", ".txt.gz"))
+def ends(path: str | Path, *suffixes: str) -> bool:
+    return str(path).lower().endswith(suffixes)
 
 
 # ---- writing ----
@@ -276,7 +287,7 @@ def save_records(path: str | Path, records: Iterable[Mapping[str, object]]) -> N
         Row(path, number, {"record": line}).text("record")  # can it be written and read again?
     content = "".join(lines).encode()
     with atomic(path) as file:
-        file.write(gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content)
+        file.write(gzip.compress(content, mtime=0) if ends(path, ".gz") else content)
 
 
 def strict_json(value: dict, indent: int | None = None) -> str:

@@ -161,6 +161,8 @@ def load_checkpoint(folder: str | Path) -> dict:
     """
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
+        if any(path.parent.glob("*model*")):
+            raise UserError(f"{folder} holds another program's model; expected a stage's folder")
         makers = {"base": "sft", "sft": "sft", "reward": "reward"}  # out/reward2: reward.py as well
         stage = makers.get(path.parent.name.rstrip("0123456789"), "ppo")
         raise FileNotFoundError(f"{path} does not exist; `python {stage}.py` makes it")

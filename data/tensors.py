@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.records import UserError, atomic, printable
+from data.records import UserError, atomic
 
 DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
@@ -43,8 +43,7 @@ def by_our_names(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
     for theirs, w in found.items() if isinstance(found, dict) else [("model", None)]:
         name = ".".join(part for part in str(theirs).split(".") if part not in WRAPPERS)
         if not isinstance(w, Tensor) or not w.is_cpu or w.is_complex() or name in weights:
-            what = printable(str(theirs), keep="")[:100]
-            raise UserError(f"{path}: {what} is no tensor of weights, or it is there twice")
+            raise UserError(f"{path}: {theirs!s:.99} is no tensor of weights, or it is there twice")
         if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # masks are buffers
             weights[name] = w.to_dense().float()
     return weights
@@ -84,8 +83,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if at != len(data):
             raise ValueError(f"{len(data) - at} bytes too many")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = printable(str(error))[:200]
-        raise UserError(f"{path} is no safetensors file that we read: {message}") from None
+        raise UserError(f"{path} is no safetensors file that we read: {error!s:.200}") from None
     return tensors
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import tiktoken
 
-from data.records import UserError, printable
+from data.records import UserError
 from data.tokenizer import END, PATTERN, build, format_ranks, get_tokenizer
 
 # What splits text into chunks that no token crosses in GPT-2 and in transformers' GPT2Tokenizer
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PAD = "<|pad|>"
+PAD = "<|padding_of_scores|>"
 FILES = ["tokenizer.json", "vocab.json", "merges.txt"]  # those that we read; and others', to refuse
 FILES += ["tokenizer_config.json", "vocab.txt", "vocab.bpe", "*.model", "*.tiktoken", "meta.pkl"]
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -42,8 +42,7 @@ def read_tokenizer(source: Path) -> tiktoken.Encoding | None:
         return parse_tokenizer(path)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-        what = printable(what, keep="")[:200]
-        raise UserError(f"{path} is no tokenizer of GPT-2's kind: {what}") from None
+        raise UserError(f"{path} is no tokenizer of GPT-2's kind: {what:.200}") from None
 
 
 def parse_tokenizer(path: Path) -> tiktoken.Encoding:
@@ -57,10 +56,15 @@ def parse_tokenizer(path: Path) -> tiktoken.Encoding:
     if path.name == "tokenizer.json":
         check_splits(saved)
         vocab, merges = saved["model"]["vocab"], saved["model"]["merges"]
-        vocab |= {added["content"]: added["id"] for added in saved.get("added_tokens", [])}
+        added = saved.get("added_tokens", [])
     else:
         vocab, lines = saved, path.with_name("merges.txt").read_text("utf-8").splitlines()
         merges = [line for line in lines if line and not line.startswith("#version")]
+        added = settings.get("added_tokens_decoder", {})
+        added = [token | {"id": int(i)} for i, token in added.items()]
+    if words := [x["content"] for x in added if not x["special"] and x["content"] not in vocab]:
+        raise UserError(f"its added tokens {words} stand for text; only special ones are supported")
+    vocab |= {token["content"]: token["id"] for token in added}
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
 
     tokens = dict.fromkeys([*BYTE, *(a + b for a, b in merges)])
@@ -69,13 +73,14 @@ def parse_tokenizer(path: Path) -> tiktoken.Encoding:
     ranks = {bytes(BYTE[letter] for letter in token): vocab[token] for token in tokens}
     special = {token: i for token, i in vocab.items() if token not in tokens}
     special.setdefault(END, len(vocab))  # as transformers does
+    model = path.with_name("config.json")  # whose network may have no rows for added tokens
+    rows = json.loads(model.read_text("utf-8")).get("vocab_size") if model.exists() else None
+    special = {token: i for token, i in special.items() if i < (rows or i + 1) or token == END}
     eos = settings.get("eos_token", END)
     if (eos.get("content") if isinstance(eos, dict) else eos) != END:
         raise UserError(f"its end of text is {eos!r}; only {END} is supported")
     if settings.get("add_prefix_space"):
         raise UserError("its add_prefix_space is true; only false is supported")
-    last = max(*ranks.values(), special[END])  # special tokens behind it are dropped
-    special = {token: i for token, i in special.items() if i <= last}
     encoding = build(path.name, GPT2_PATTERN, ranks, special)
     if merges_of(ranks) != merges:
         raise UserError("its ids are not in the order of its merges")
@@ -104,6 +109,7 @@ def hugging_face_files(encoding: tiktoken.Encoding) -> dict[str, str]:
     merges = [" ".join(pair) for pair in merges_of(ranks)]
     config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END}
     config |= {"unk_token": END} | ({"pad_token": PAD} if PAD in vocab else {})
+    config |= {"additional_special_tokens": sorted(encoding.special_tokens_set - {END, PAD})}
     files = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data.records import UserError, atomic, printable
 from data.tensors import by_our_names, read_json, read_tensors, unpickle, write_safetensors
-from data.tokenizer import get_tokenizer
-from data.vocabulary import hugging_face_files, read_tokenizer, with_padding
+from data.tokenizer import END, get_tokenizer
+from data.vocabulary import FILES, hugging_face_files, read_tokenizer, with_padding
 
 PUBLISHED = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))  # SHA-256, if known
 PUBLISHED["gpt2"] = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
@@ -49,15 +49,13 @@ def download(name: str) -> Path:
             try:
                 torch.hub.download_url_to_file(url, str(folder / file), hash_prefix=sha256)
             except (OSError, RuntimeError) as error:  # no network, no such host, another hash
-                raise FileNotFoundError(
-                    f"{url} cannot be loaded ({error}); put config.json and model.safetensors of "
-                    f"{name} into a folder yourself and give its path"
-                ) from None
+                remedy = f"put config.json and model.safetensors of {name} into a folder; name that"
+                raise FileNotFoundError(f"{url} cannot be loaded ({error}); {remedy}") from None
     return folder
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def tokenizer_of(source: str | Path) -> Encoding:
@@ -65,6 +63,8 @@ def tokenizer_of(source: str | Path) -> Encoding:
     own = None if str(source) in PUBLISHED else read_tokenizer(Path(source))
     if own is None and str(source) not in PUBLISHED:
         say(f"{source} has no tokenizer: GPT-2's is used")
+    if own and (special := own.special_tokens_set - {END}):
+        say(f"{source}: no text becomes one of its tokens {', '.join(sorted(special)):.300}")
     return own or get_tokenizer("gpt2")
 
 
@@ -88,8 +88,7 @@ def read_hugging_face(source: str | Path) -> tuple[dict[str, int], dict[str, Ten
 
 
 def read_transformers(folder: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    path = folder / "config.json"
-    config = read_json(path)
+    config = read_json(path := folder / "config.json")
     sizes, weights = read_sizes(path, config), by_our_names(path, read_tensors(folder))
     if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
         raise UserError(f"{path}: tie_word_embeddings is False, yet there is no lm_head.weight")
@@ -116,7 +115,9 @@ def read_sizes(path: Path, config: dict) -> dict[str, int]:
     config = config | {"block_size": next(filter(None, lengths), None)}
     if config.get("activation_function") in ("gelu_fast", "gelu_pytorch_tanh"):
         config["activation_function"] = "gelu_new"  # three names of one function
-    shown = {name: printable(str(value), keep="")[:100] for name, value in config.items()}
+    shown = {name: str(value)[:100] for name, value in config.items()}
+    if "Classification" in (kind := shown.get("architectures", "")):
+        raise UserError(f"{path}: {kind} is no language model; a reward model comes from reward.py")
     for name, value in HUGGING_FACE.items():
         if config.get(name) not in (None, value):
             raise UserError(f"{path}: {name} is {shown[name]}; only {value} is supported")
@@ -148,9 +149,9 @@ def write_hugging_face(
         config |= {"vocab_size": sizes["vocab_size"] + 1, "pad_token_id": sizes["vocab_size"]}
         config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
     files = hugging_face_files(tokenizer)
-    others = {"checkpoint.pt", "tokenizer.json", "tokenizer.tiktoken"} - files.keys()
-    if found := [name for name in sorted(others) if (folder / name).exists()]:
-        raise UserError(f"{folder} has a {found[0]} of another model; export to an empty folder")
+    others = {"checkpoint.pt", "config.json", "model.safetensors", "pytorch_model.bin", *FILES}
+    if found := sorted(path.name for name in others for path in folder.glob(name)):
+        raise UserError(f"{folder} has a {found[0]} already; export to an empty folder")
     named = {f"transformer.{name}": w for name, w in transposed(weights).items()}
     write_safetensors(folder / "model.safetensors", named | head)
     for name, text in (files | {"config.json": json.dumps(config, indent=1)}).items():
@@ -188,8 +189,7 @@ def check_weights(found: dict[str, Tensor], ours: dict[str, Tensor], source: str
     for name in sorted(found.keys() | ours.keys()):
         own, shape = (tuple(w[name].shape) if name in w else "missing" for w in (ours, found))
         if shape != own:
-            shown = printable(name, keep="")
-            raise UserError(f"{source}: weight {shown} is {shape}, expected {own}")
+            raise UserError(f"{source}: weight {name} is {shape}, expected {own}")
     check_finite(f"{source}: weight", found)
 
 

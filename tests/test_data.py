@@ -1,10 +1,13 @@
 """Records, converters and the checker: good files, bad files, and the oddities of real ones."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
+import random
 import re
 import subprocess
 import sys
@@ -41,6 +44,7 @@ ONE_LINE = re.compile(r"[^\n]+:(\d+): [^\n]+; expected [^\n]+")
 # ---- what each reader accepts ----
 
 HUMAN = "\n\nHuman: hello\n\nAssistant:"
+ASKED = "\n\nHuman: a\n\nAssistant:"
 DEMONSTRATION = {"prompt": "Say hi.", "response": "hi"}
 COMPARISON = {"prompt": "Say hi.", "responses": ["hi", "no", "ho"], "ranks": [1, 3, 2]}
 PAIR = {"chosen": f"{HUMAN} hi", "rejected": f"{HUMAN} no"}
@@ -173,7 +177,6 @@ BAD_LINES = {  # at line 3 of every kind of file
     "5,000 digits": b'{"prompt": ' + b"1" * 5_000 + b"}",
 }
 BAD_TEXTS = {
-    "null": None,
     "boolean": True,
     "whole number": 1,
     "number": 1.5,
@@ -184,29 +187,29 @@ BAD_TEXTS = {
     "half an emoji": "\udc4d",
     "half a million blanks": " " * 1_000_000 + "x",
 }
-BLANK_TEXTS = {"empty": "", "blank": " \r\n\t\u3000"}
-TEXT_KEYS = [  # reader, key, may it be blank (then the row is kept, or dropped and counted)
-    ("demonstrations", "prompt", False),
-    ("demonstrations", "response", False),
-    ("comparisons", "prompt", False),
-    ("prompts", "prompt", False),
-    ("texts", "text", False),
-    ("hh", "chosen", False),
-    ("hh", "rejected", False),
-    ("instructions", "instruction", False),
-    ("instructions", "input", True),
-    ("instructions", "output", True),
-    ("preferences", "instruction", False),
-    ("preferences", "chosen", True),
-    ("preferences", "rejected", True),
-    ("text", "text", False),
-    ("ranked", "prompt", False),
-    ("scored", "prompt", False),
-    ("completions", "prompt", False),
-    ("completions", "completion", True),
-    ("choices", "prompt", False),
-    ("choices", "chosen", True),
-    ("choices", "rejected", True),
+BLANK_TEXTS = {"null": None, "empty": "", "blank": " \r\n\t\u3000"}  # converters drop such rows
+TEXT_KEYS = [  # reader, key
+    ("demonstrations", "prompt"),
+    ("demonstrations", "response"),
+    ("comparisons", "prompt"),
+    ("prompts", "prompt"),
+    ("texts", "text"),
+    ("hh", "chosen"),
+    ("hh", "rejected"),
+    ("instructions", "instruction"),
+    ("instructions", "input"),
+    ("instructions", "output"),
+    ("preferences", "instruction"),
+    ("preferences", "chosen"),
+    ("preferences", "rejected"),
+    ("text", "text"),
+    ("ranked", "prompt"),
+    ("scored", "prompt"),
+    ("completions", "prompt"),
+    ("completions", "completion"),
+    ("choices", "prompt"),
+    ("choices", "chosen"),
+    ("choices", "rejected"),
 ]
 BAD_COMPARISONS = {
     "responses missing": {"responses": ...},
@@ -270,7 +273,7 @@ BAD_SCORES = {
     "a score is infinite": {"scores": [1, float("inf"), 3]},
     "responses missing": {"responses": ...},
     "responses a string": {"responses": "hi"},
-    "one response": {"responses": ["hi"], "scores": [1]},
+    "scores for one response": {"scores": [1]},
     "a million scores": {"scores": [1] * 1_000_000},
 }
 BAD_MESSAGES = {  # in place of a message
@@ -282,7 +285,6 @@ BAD_MESSAGES = {  # in place of a message
     "role unknown": {"role": "narrator", "content": "a"},
     "role a control sequence": {"role": "\x1b[2J", "content": "a"},
     "no content": {"role": "user"},
-    "content null": {"role": "user", "content": None},
     "content an object": {"role": "user", "content": {"text": "a"}},
     "content with a NUL": {"role": "user", "content": "a\0"},
     "a part is a string": {"role": "user", "content": ["a"]},
@@ -341,9 +343,9 @@ def bad_files() -> list:
         add(name, "gz: rubbish behind", gzip.compress(first) + b"x", 0, ".jsonl.gz")
         add(name, "gz: bad line", gzip.compress(first + b"{\n"), 2, ".jsonl.gz")
         add(name, "not gzipped by name", gzip.compress(first), 0)
-    for name, key, may_be_blank in TEXT_KEYS:
-        good = READERS[name][0]
-        for case, value in (BAD_TEXTS if may_be_blank else BAD_TEXTS | BLANK_TEXTS).items():
+    for name, key in TEXT_KEYS:
+        good, read, _ = READERS[name]
+        for case, value in (BAD_TEXTS if read is converted else BAD_TEXTS | BLANK_TEXTS).items():
             add_row(name, f"{key}: {case}", {**good, key: value})
         if key != "input":
             add_row(name, f"{key} missing", {**good, key: ...})
@@ -360,7 +362,7 @@ def bad_files() -> list:
         add_row("conversations", case, {"conversations": [bad, *share("a", "b")]})
         add_row("choices of chats", case, {**CHOICE_OF_CHATS, "rejected": [bad, *chat("a", "b")]})
     for name in ("messages", "conversations"):
-        for case, value in (BAD_TEXTS | BLANK_TEXTS).items():
+        for case, value in BAD_TEXTS.items():
             add_row(name, f"all {case}", {name: value})
     for name in ("instructions", "preferences", "messages", "scored"):
         good = json.dumps(READERS[name][0]).encode()
@@ -410,6 +412,37 @@ def test_a_bad_file_is_one_line(name, content, line, suffix, tmp_path, capsys):
 def test_a_file_without_a_usable_row_is_refused(name, content, tmp_path, capsys):
     (path := tmp_path / "source.jsonl").write_bytes(content)
     not_converted(path, capsys, "nothing usable")
+
+
+NOTHING = [(name, key) for name, key in TEXT_KEYS if READERS[name][1] is converted]
+NOTHING += [("messages", "messages"), ("conversations", "conversations"), ("scored", "responses")]
+NOTHING.remove(("instructions", "input"))  # which is optional
+
+
+@pytest.mark.parametrize("name, key", NOTHING)
+@pytest.mark.parametrize("blank", BLANK_TEXTS.values(), ids=BLANK_TEXTS)
+def test_a_row_that_says_nothing_is_dropped_and_counted(name, key, blank, tmp_path, capsys):
+    good = READERS[name][0]
+    nothing = write(tmp_path / "nothing.jsonl", {**good, key: blank})
+    expected = converted(write(tmp_path / "good.jsonl", good)) * 2
+    _, _, found, counts = convert.read(
+        write(tmp_path / "a.jsonl", good, {**good, key: blank}, good)
+    )
+    if key == "rejected" and name != "hh" and blank is not None:  # silence may be compared
+        assert len(found) == 3 and counts["with an empty rejected reply kept"] == 1
+        return
+    assert found == expected and counts["rows"] == 3
+    [dropped] = [what for what, n in counts.items() if n and what.endswith("dropped")]
+    assert counts[dropped] == 1
+    not_converted(nothing, capsys, f"nothing usable (1 rows: 1 {dropped})")
+
+
+@pytest.mark.parametrize("blank", BLANK_TEXTS.values(), ids=BLANK_TEXTS)
+def test_optional_keys_may_be_blank_or_null(blank, tmp_path):
+    optional = dict.fromkeys(("context", "input", "system", "system_prompt", "label"), blank)
+    row = {"instruction": "Add.", "output": "2", "history": None if blank is None else []}
+    _, _, found, counts = convert.read(write(tmp_path / "a.jsonl", row | optional))
+    assert found == [{"prompt": "Add.", "response": "2"}] and +counts == {"rows": 1}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -500,8 +533,10 @@ def test_texts_come_from_a_file_a_folder_or_rows(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfsecond\r\n\r\nline\xc2\x85")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"first"))
     (tmp_path / "ignored.md").write_text("# third")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/D.TXT").write_text("below")
     assert load_texts(tmp_path / "b.txt") == ["second\n\nline\x85"]
-    assert load_texts(tmp_path) == ["first", "second\n\nline\x85"]
+    assert load_texts(tmp_path) == ["first", "second\n\nline\x85", "below"]
     rows = write(tmp_path / "c.jsonl", {"text": "a\r\nb", "title": "A"}, {"text": " c"})
     assert load_texts(rows) == ["a\nb", " c"]
     (many := tmp_path / "many").mkdir()
@@ -995,10 +1030,167 @@ def test_conversations_by_sharegpt(tmp_path):
 def test_what_is_not_text_is_dropped_with_its_row(tmp_path):
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    rows = [{"messages": turns} for turns in (chat("a", "b"), [picture, *chat("a", "b")], [call])]
+    older = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+    result = {"role": "tool", "content": "x"}
+    silent = {"role": "assistant", "content": None, "tool_calls": None}
+    unlearnt = {"role": "assistant", "content": "b", "weight": 0}
+    others = (
+        [picture, *chat("a", "b")],
+        [call],
+        [older],
+        [result],
+        [*chat("a"), silent],
+        [unlearnt],
+    )
+    rows = [{"messages": turns} for turns in (chat("a", "b"), *others)]
     _, _, found, counts = convert.read(write(tmp_path / "a.jsonl", *rows))
-    assert len(found) == 1 and counts["with tool calls dropped"] == 1
-    assert counts["with images or other parts that are not text dropped"] == 1
+    assert found == [{"prompt": ASKED, "response": " b"}]
+    assert +counts == {
+        "rows": 7,
+        "with tool calls dropped": 3,
+        "with images or other parts that are not text dropped": 1,
+        "with null for a message dropped": 1,
+        "with a message of weight 0 dropped": 1,
+    }
+
+
+def test_a_prompt_that_is_a_dialogue_already_is_laid_out_once(tmp_path):
+    for prompt in (HUMAN, "Human: hello\n\nAssistant:", f"Be terse.{HUMAN} Well,"):
+        for reply in ({"chosen": " hi", "rejected": " no"}, {"responses": [" hi", " no"]}):
+            row = {"prompt": prompt, **reply}
+            others = [{**row, "prompt": chat("a")}, {**row, "system": "S"}]
+            [alone] = converted(write(tmp_path / "a.jsonl", row))
+            beside, other, _ = converted(write(tmp_path / "b.jsonl", row, *others))
+            assert beside == alone and (alone["prompt"], other["prompt"]) == (prompt, ASKED)
+            assert by_rank(alone) == [(1, " hi"), (2, " no")]
+    told = {"prompt": HUMAN, "completion": " hi"}
+    plain, said = {**told, "prompt": "Hi"}, {**told, "prompt": chat("a")}
+    found = converted(write(tmp_path / "a.jsonl", told, {**told, "system": "S"}))
+    assert [row["prompt"] for row in found] == [HUMAN, f"\n\nSystem: S{HUMAN}"]
+    found = converted(write(tmp_path / "a.jsonl", told, plain))  # our own records stay as they are
+    assert [row["prompt"] for row in found] == [HUMAN, "Hi"]
+    found = converted(write(tmp_path / "a.jsonl", told, plain, said))
+    assert [row["prompt"] for row in found] == [HUMAN, "\n\nHuman: Hi\n\nAssistant:", ASKED]
+
+
+def objects(**columns: list) -> list[dict]:
+    """Replies that are objects: [{"text": …, "rank": …}, …]."""
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+TURN = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
+GRADES = objects(response=["x", "y", "z"], overall_score=[3.5, 9, 3.5])
+OTHER_SHAPES = {  # rows of public data sets: what they become, and the keys that are not read
+    "Orca DPO pairs": (
+        {"system": "S", "question": "a", "chosen": "x", "rejected": "y"},
+        (f"\n\nSystem: S{ASKED}", [" x", " y"], [1, 2]),
+        "",
+    ),
+    "OpenOrca": (
+        {"id": "1", "system_prompt": "", "question": "a", "response": "x"},
+        ("a", ["x"]),
+        "id",
+    ),
+    "UltraFeedback": (
+        {"instruction": "a", "completions": GRADES, "models": ["m"], "source": "s"},
+        ("a", ["x", "y", "z"], [2, 1, 2]),
+        "models source",
+    ),
+    "Nectar": (
+        {"prompt": ASKED, "answers": objects(answer=["y", "x"], rank=[2.0, 1.0]), "turns": 1},
+        (ASKED, ["y", "x"], [2, 1]),
+        "turns",
+    ),
+    "Stack Exchange": (
+        {"question": "a", "answers": objects(text=["x", "y"], pm_score=[4, 1]), "qid": 1},
+        ("a", ["x", "y"], [1, 2]),
+        "qid",
+    ),
+    "binarised UltraFeedback": (
+        CHOICE_OF_CHATS | {"prompt_id": "1", "score_chosen": 8.0, "score_rejected": 3.0},
+        (ASKED, [" yes", " no"], [1, 2]),
+        "prompt_id",
+    ),
+    "HH beside its prompt": ({"prompt": HUMAN, **PAIR}, (HUMAN, [" hi", " no"], [1, 2]), ""),
+    "Capybara": ({"conversation": TURN[:1], "source": "s"}, (ASKED, [" b"]), "source"),
+    "WildChat": ({"conversation": chat("a", "b")}, (ASKED, [" b"]), ""),
+    "ShareGPT with a later role": (
+        {"conversations": [share("a")[0], {"from": "chatgpt", "value": "b"}], "id": "x_0"},
+        (ASKED, [" b"]),
+        "id",
+    ),
+    "Dolly": (
+        {"instruction": "a", "context": "c", "response": "x", "category": "qa"},
+        ("a\n\nc", ["x"]),
+        "category",
+    ),
+    "KTO of chats": (
+        {"prompt": chat("a"), "completion": chat("", "x")[1:], "label": True},
+        (ASKED, [" x"]),
+        "",
+    ),
+    "an input that no format reads": (
+        {**DEMONSTRATION, "input": "x"},
+        ("Say hi.", ["hi"]),
+        "input",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+def test_rows_of_public_data_sets(name, tmp_path, capsys):
+    row, (prompt, replies, *ranks), unread = OTHER_SHAPES[name]
+    path, out = write(tmp_path / "a.jsonl", row), tmp_path / "out.jsonl"
+    convert.main([str(path), str(out)])
+    [found] = map(json.loads, out.read_text("utf-8").splitlines())
+    assert found["prompt"] == prompt
+    if ranks:
+        places = sorted(range(len(replies)), key=lambda i: (ranks[0][i], replies[i]))
+        assert by_rank(found) == [(ranks[0][i], replies[i]) for i in places]
+    else:
+        assert [found["response"]] == replies
+    taken_for = capsys.readouterr().out.splitlines()[0]
+    said = f"; not read: {', '.join(unread.split())})" if unread else ")"
+    assert taken_for.endswith(said) and taken_for.count("not read") == bool(unread)
+
+
+def test_turns_of_a_question_and_its_answer(tmp_path):
+    found = converted(write(tmp_path / "a.jsonl", {"conversation": TURN}))
+    assert [row["response"] for row in found] == [" b", " d"]
+    assert found[1]["prompt"] == f"{ASKED} b\n\nHuman: c\n\nAssistant:"
+
+
+TWO = {"prompt": "a", "responses": ["x", "y"]}
+AT_ODDS = [  # a row that contradicts itself: what is counted, and what it becomes, if anything
+    ({**CHOICE, "score_chosen": 1, "score_rejected": 4}, "with a lower score for the chosen", 2),
+    ({**TWO, "ranks": [1, 2], "scores": [1, 9]}, "with scores against the ranks, which stand", 2),
+    ({**TWO, "ranks": [2, 1], "scores": [1, 9]}, None, 2),
+    ({**TWO, "ranks": [1, 1], "scores": [1, 9]}, None, 2),
+    ({**TWO, "ranks": [1, 2], "scores": ["1", "9"]}, None, 2),
+    ({**CHOICE_OF_CHATS, "prompt": "other"}, "with another prompt than their dialogues, which", 2),
+    ({**CHOICE_OF_CHATS, "prompt": chat("other")}, "with another prompt than their dialogues", 2),
+    ({**CHOICE_OF_CHATS, "prompt": chat("a")}, None, 2),
+    ({**CHOICE_OF_CHATS, "prompt": ASKED}, None, 2),
+    ({"prompt": "other", **PAIR}, "with another prompt than their dialogues, which stand", 2),
+    ({"prompt": "a", "responses": ["x", "x "], "scores": [1, 2]}, "without signal dropped", 0),
+    (
+        {"prompt": "a", "responses": ["x", "x", "y"], "ranks": [1, 2, 3]},
+        "with equal replies ranked apart kept",
+        3,
+    ),
+    ({"prompt": "a", "responses": ["x", "x", "y"], "ranks": [1, 1, 3]}, None, 3),
+    (TWO, "taken to be best first", 2),
+]
+
+
+@pytest.mark.parametrize("row, what, replies", AT_ODDS)
+def test_rows_at_odds_with_themselves_are_counted(row, what, replies, tmp_path):
+    _, _, found, counts = convert.read(write(tmp_path / "a.jsonl", row))
+    odd = [key for key, n in counts.items() if n and key not in ("rows", "ranked by score")]
+    assert len(odd) == bool(what) and all(key.startswith(what) for key in odd)
+    assert [len(x["responses"]) for x in found] == ([replies] if replies else [])
+    if replies == 2 and "ranks" not in row:  # what the row says first stands
+        assert by_rank(found[0])[0][1].strip() in ("hi", "yes", "x")
 
 
 @pytest.mark.parametrize("system", [None, " ", "Be terse."])
@@ -1022,9 +1214,6 @@ def test_history_and_system_lead_to_a_dialogue(system, history, tmp_path):
 
 def by_rank(row: dict) -> list[tuple[int, str]]:
     return sorted(zip(row["ranks"], row["responses"], strict=True))
-
-
-ASKED = "\n\nHuman: a\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -1083,7 +1272,8 @@ def test_equal_scores_are_ties(keys, tmp_path):
     _, _, found, counts = convert.read(path)
     assert [sorted(row["ranks"]) for row in found] == [[1, 2], [1, 1], [1, 2]]
     assert all(by_rank(found[i]) == [(1, "hi"), (2, "no")] for i in (0, 2))
-    assert +counts == {"rows": 3, "with equal scores tied": 1}
+    lower = {"with a lower score for the chosen reply, which stands": 1}
+    assert +counts == {"rows": 3, "with equal scores tied": 1} | lower
     _, _, found, counts = convert.read(path, "demonstrations")
     assert found == [{"prompt": "Say hi.", "response": "hi"}] * 2
     assert counts["without a best reply dropped"] == 1
@@ -1204,7 +1394,7 @@ def test_cells_that_are_not_text_hold_json(tmp_path):
         (b'prompt,completion\na,"b"c\n', "a.csv:2: not CSV: ',' expected after"),
         (b"prompt,completion\na,b\0\n", "a.csv:2: byte 0x00 is not UTF-8 text"),
         (b"prompt,completion\na,\xff\n", "a.csv:2: byte 0xff is not UTF-8"),
-        (b"prompt,completion\na,b\n,c\n", 'a.csv:3: "prompt" is blank'),
+        (b"prompt,completion\n,c\n", '1 with a blank or null "prompt" dropped'),
         (b"prompt,responses\na,b\n", "a.csv:2: not JSON: Expecting value"),
         (b"prompt,responses\na,\"['b', 'c']\"\n", "a.csv:2: not JSON: Expecting value"),
         (b"prompt,completion\n", "a.csv:1: nothing usable"),
@@ -1223,14 +1413,31 @@ def test_a_bad_table_is_one_line(content, wrong, tmp_path, capsys):
         ({"question": "a", "answer": "b"}, 'rename "question" to "prompt"'),
         ({"prompt": "a", "answer": "b"}, 'rename "answer" to "response", or give --prompts'),
         ({"question": "a", "chosen": "b", "reject": "c"}, 'rename "reject" to "rejected"'),
-        ({"question": "a", "chosen": "b", "rejected": "c"}, 'in both, or a "prompt"'),
+        ({"query": "a", "chosen": "b", "rejected": "c"}, 'in both, or a "prompt"'),
         ({"prompt": "a", "answers": ["b"]}, 'rename "answers" to "responses", or give --prompts'),
-        ({"prompt": "a", "response_0": "b", "response_1": "c"}, 'rename "response_'),
+        (
+            {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 0},
+            '"chosen" for the better of "response_0" and "response_1", "rejected" for the other',
+        ),
         ({"instruction": "a"}, 'instructions with outputs: add "output"'),
         ({"promt": "a", "completion": "b"}, 'rename "promt" to "prompt"'),
         ({"dialog": chat("a", "b")}, 'chat messages: rename "dialog" to "messages"'),
         ({"foo": 1, "bar\x1b[2J": 2}, r"the keys bar\x1b[2J, foo are of no known format"),
         ({}, "the keys (none) are of no known format"),
+        ({"data": [CHOICE]}, "a list of rows has to stand in a file alone"),
+        ({"prompt": {"0": "a"}, "response": {"0": "b"}}, "the file is a table by columns"),
+        (
+            {"conversation_a": chat("a", "b"), "conversation_b": chat("a", "c")},
+            '"conversation_b", ',
+        ),
+        ({**DEMONSTRATION, "helpfulness": 0, "verbosity": 4}, 'a single reply with "helpfulness"'),
+        ({"question": "a", "answers": {"text": ["b"]}}, 'prompts: rename "question" to "prompt"'),
+        ({"instruction": "a", "generations": ["b", "c"]}, 'rename "generations" to "responses"'),
+        ({"prompt": "a", "label": "b"}, 'rename "label" to "response"'),
+        ({**TWO, "rank": [2, 1]}, 'neither "ranks" nor "scores"; expected "ranks" (1 is best) or'),
+        ({**TWO, "rewards": [0.5, -1]}, 'rename "rewards"'),
+        ({**TWO, "scores": [1]}, '"scores" is no list of numbers; expected a score for each of'),
+        ({**CHOICE, "chosen_score": 9}, "the chosen reply has the score 9, the rejected one None"),
         ({"prompt": []}, "nothing usable (1 rows: 1 without a prompt dropped)"),
         ({"text": "a", "parent_id": None}, "a message without its dialogue"),
     ],
@@ -1244,9 +1451,71 @@ def test_files_that_are_not_text_have_a_remedy(tmp_path, capsys):
         (b"PAR1\x15\x04", "the file is Parquet; expected JSON Lines: pandas.read_parquet"),
         (json.dumps(COMPLETION).encode("utf-16"), "the file is UTF-16; expected UTF-8: iconv"),
         (gzip.compress(line_of(COMPLETION)), "the file is gzipped; expected a name that ends"),
+        (
+            bz2.compress(line_of(COMPLETION)),
+            "the file is packed, not by gzip; expected it unpacked",
+        ),
+        (lzma.compress(line_of(COMPLETION)), "the file is packed, not by gzip"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "the file is packed, not by gzip"),
+        (b"PK\x03\x04\x14\x00", "the file is packed, not by gzip"),
+        (b"prompt,completion\na,b\n", "no JSON; expected JSON Lines, a JSON array, or a name that"),
     ):
         (tmp_path / "a.jsonl").write_bytes(content)
         not_converted(tmp_path / "a.jsonl", capsys, remedy)
+
+
+def test_the_case_of_a_name_says_nothing(tmp_path):
+    contents = {
+        "A.CSV": b"prompt,completion\nSay hi., hi\n",
+        "A.TSV.GZ": gzip.compress(b"prompt\tcompletion\nSay hi.\t hi\n"),
+        "A.JSONL.GZ": gzip.compress(line_of(COMPLETION)),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert converted(tmp_path / name) == [{"prompt": "Say hi.", "response": " hi"}]
+    (tmp_path / "A.TXT").write_text("Once.")
+    assert converted(tmp_path / "A.TXT") == [{"text": "Once."}] == converted(tmp_path)
+    save_records(tmp_path / "B.GZ", [DEMONSTRATION])
+    assert load_demonstrations(tmp_path / "B.GZ") == [DEMONSTRATION]
+
+
+@pytest.mark.parametrize("indent", [1, 4])
+def test_objects_that_take_several_lines(indent, tmp_path, capsys):
+    rows = [COMPLETION, {"prompt": "}\n{", "completion": "}", "extra": {"a": [{}]}}]
+    lines = [json.dumps(row, indent=indent) for row in rows]
+    expected = [{"prompt": row["prompt"], "response": row["completion"]} for row in rows]
+    for n in (1, 2):
+        (path := tmp_path / "a.json").write_text("\n" + "\n\n".join(lines[:n]) + "\n")
+        assert converted(path) == expected[:n]
+    path.write_text(
+        "\n".join([*lines, json.dumps({"prompt": 1, "completion": "b"}, indent=indent)])
+    )
+    line = 1 + sum(text.count("\n") + 1 for text in lines)
+    not_converted(path, capsys, f'a.json:{line}: "prompt" is of type int')
+    path.write_text("\n".join([*lines, "{"]))
+    not_converted(path, capsys, "a.json:", "not JSON")
+
+
+@pytest.mark.parametrize("read", [load_demonstrations, converted])
+def test_a_key_that_occurs_twice_and_nan_are_named(read, tmp_path):
+    for extra, wrong in (
+        ('"prompt": "b"', "the key prompt occurs twice in an object"),
+        ('"x": {"a": 1, "b": 2, "a": 1}', "the key a occurs twice in an object"),
+        ('"x": NaN', "no number in JSON: 'NaN'"),
+        ('"x": -Infinity', "no number in JSON: '-Infinity'"),
+    ):
+        row = json.dumps(DEMONSTRATION)
+        (tmp_path / "a.jsonl").write_text(f"{row}\n{row[:-1]}, {extra}}}\n")
+        with pytest.raises(DataError, match=rf"a\.jsonl:2: not JSON: {re.escape(wrong)}"):
+            read(tmp_path / "a.jsonl")
+
+
+def test_a_reply_with_its_grade_is_learnt_only_if_that_is_wanted(tmp_path):
+    path = write(tmp_path / "a.jsonl", {**DEMONSTRATION, "score": 0.5})
+    with pytest.raises(DataError, match='as "responses" and "scores"; or --demonstrations'):
+        convert.read(path)
+    assert converted(path, "demonstrations") == [DEMONSTRATION]
+    assert converted(path, "prompts") == [{"prompt": "Say hi."}]
 
 
 def test_the_last_reply_and_kinds_are_flags(tmp_path, capsys):
@@ -1280,9 +1549,21 @@ ESSENTIAL = {
     ],
     "conversations": [("conversations", 0, "from"), ("conversations", 1, "value")],
     "history": [("history", 0), ("history", 0, 1), ("history",), ("system",), ("instruction",)],
+    "graded": [
+        ("completions", 0),
+        ("completions", 1, "response"),
+        ("completions", 2),
+        ("instruction",),
+    ],
+    "questions": [("question",), ("chosen",), ("rejected",)],
+    "turns": [("conversation", 0), ("conversation", 1, "input"), ("conversation", 1, "output")],
 }
 GOOD = {name: row for name, (row, _, _) in READERS.items()}
 GOOD["history"] = {**ALPACA, "history": [["a", "b"]], "system": "Be terse."}
+GOOD["graded"] = {"instruction": "a", "completions": GRADES}
+GOOD["questions"] = {"question": "a", "chosen": "b", "rejected": "c"}
+GOOD["turns"] = {"conversation": TURN}
+MALFORMED = 30  # generated inputs for each format
 FAULTS = st.sampled_from([True, 7, -0.5, "a\0", "\ud800", [["a"]], [7], {"a": 1}])
 
 
@@ -1307,14 +1588,51 @@ def test_malformed_rows_of_every_format(folder, name, place, fault, good_before,
     content = b"".join(map(line_of, rows))
     if container == "array.json":
         content = json.dumps(rows).encode()
-    source = folder / container
-    source.write_bytes(gzip.compress(content) if container.endswith(".gz") else content)
-    (out := folder / "converted.jsonl").unlink(missing_ok=True)
+    refused_whole(folder / container, content)
+
+
+def refused_whole(source: Path, content: bytes) -> None:
+    """The converter says one line about this content, ends with status 2, and writes nothing."""
+    source.write_bytes(gzip.compress(content) if source.suffix == ".gz" else content)
+    (out := source.with_name("converted.jsonl")).unlink(missing_ok=True)
     printed, error = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(error), pytest.raises(SystemExit) as exit:
         convert.main([str(source), str(out)])
     assert exit.value.code == 2 and printed.getvalue() == "" and not out.exists()
-    assert ONE_LINE.fullmatch(error.getvalue().rstrip("\n")) and error.getvalue().count("\n") == 1
+    assert ONE_LINE.fullmatch(error.getvalue().removeprefix("error: ").rstrip("\n"))
+    assert error.getvalue().count("\n") == 1
+
+
+def damage(row: dict, draw: random.Random) -> bytes:
+    """The row as a line that no reader may accept."""
+    line, key = json.dumps(row), draw.choice(list(row))
+    at, value = draw.randrange(1, len(line)), json.dumps(row[key])
+    return draw.choice(
+        [
+            line[:at].encode(),  # cut off
+            line[at:].encode(),
+            (line[:at] + "\0" + line[at:]).encode(),
+            line[:at].encode() + b"\xff" + line[at:].encode(),
+            f'{line[:-1]}, "{key}": {value}}}'.encode(),  # the key twice
+            line.replace(value, draw.choice(["NaN", "Infinity", "-Infinity", "'a'"]), 1).encode(),
+            line.replace(value, value[:1] + value, 1).encode(),
+            json.dumps({f"my_{name}": x for name, x in row.items()}).encode(),
+            json.dumps([row]).encode() + b"]",
+            json.dumps(list(row)).encode(),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in GOOD if name in ESSENTIAL or READERS[name][1] is converted]
+)
+def test_generated_malformed_inputs_are_one_line(name, tmp_path):
+    draw = random.Random(name)
+    for _ in range(MALFORMED):
+        rows = [line_of(GOOD[name])] * draw.choice([0, 0, 1, 2])
+        rows.insert(draw.randint(0, len(rows)), damage(GOOD[name], draw) + b"\n")
+        source = tmp_path / draw.choice(["a.jsonl", "a.json", "a", "a.jsonl.gz"])
+        refused_whole(source, b"".join(rows))
 
 
 def test_books_become_documents(tmp_path, capsys):

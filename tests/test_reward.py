@@ -711,6 +711,23 @@ def test_a_scored_file_keeps_its_records(scoring):
     assert rows[1] == {"prompt": "a", "response": "b", "ranks": 7}
 
 
+def test_a_file_of_which_nothing_fits_is_not_scored(scoring, tmp_path):
+    save_records(scoring.score, [{"prompt": "a", "response": "b " * 10_000}])
+    with pytest.raises(UserError, match="in.jsonl: no response fits into a context of"):
+        reward.main(scoring)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("ranks", [[1, 1], [2, 2], [2, 3]])
+def test_ranks_need_neither_differ_nor_begin_at_1(ranks, tiny_base, tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": ranks} for i in range(10)]
+    save_records(tmp_path / "c.jsonl", rows)
+    flags = {"comparisons": str(tmp_path / "c.jsonl"), "out": str(tmp_path / "reward")}
+    reward.main(reward.Config(sft=tiny_base, epochs=1, **flags))
+    out = capsys.readouterr().out
+    assert "correlation of score and length: none, since all scores or all lengths are equal" in out
+
+
 @pytest.mark.parametrize("out", ["in.jsonl", "reward"])
 def test_scores_are_not_written_over_what_they_are_made_from(out, scoring, tmp_path):
     before = (tmp_path / "in.jsonl").read_bytes()

@@ -21,7 +21,7 @@ import sft
 from data import tokenizer
 from data.python_reward import RewardFunction
 from data.records import UserError
-from data.run import Run, RunConfig, parse
+from data.run import Run, RunConfig, parse, remove_empty
 from data.tensors import read_safetensors, write_safetensors
 from data.tokenizer import END, Codec, get_tokenizer
 from data.vocabulary import hugging_face_files
@@ -418,14 +418,55 @@ def test_a_model_with_a_vocabulary_of_its_own_comes_out_as_it_went_in(tmp_path):
     assert_equal_models(ours, GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval())
 
 
-def test_special_tokens_behind_the_vocabulary_are_dropped(tmp_path):
-    theirs = own_vocabulary(tmp_path, SPECIAL["first"])
-    tokens = len(theirs)
+def added_tokens(folder: Path, *words: str) -> GPT2Tokenizer:
+    """A vocabulary of its own, <pad> and <user> behind it, and words that stand for text."""
+    theirs = own_vocabulary(folder, SPECIAL["first"])
     theirs.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>"]})
+    theirs.add_tokens(list(words))
+    return theirs
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
+def test_special_tokens_behind_the_vocabulary_are_kept(files, tmp_path, capsys):
+    theirs = added_tokens(tmp_path / "in")
+    if files == "tokenizer.json":
+        theirs.save_pretrained(tmp_path / "in")
+    else:  # as older versions wrote them
+        added = {len(theirs) - 2 + i: {"content": t} for i, t in enumerate(("<pad>", "<user>"))}
+        added = {str(i): token | {"special": True} for i, token in added.items()}
+        (tmp_path / "in" / CONFIG).write_text(json.dumps({"added_tokens_decoder": added}))
+    model = transformers_gpt2((len(theirs) + 3, 16, 1, 1, 4))
+    model.save_pretrained(tmp_path / "in")
+    capsys.readouterr()
+    codec, ours = Codec.load(tmp_path / "in"), GPT.load(tmp_path / "in")
+    codec.check_vocabulary(ours.config.vocab_size)
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/in: no text becomes one of its tokens <pad>, <user>\n"
+        f"{tmp_path}/in: 3 of {len(theirs) + 3} rows of the vocabulary have no token and are cut\n"
+    )
+    again = tokenizer.from_state(tokenizer.to_state(codec.tokenizer))
+    for text in random_texts(100):
+        assert codec.prompt(text) == again.encode_ordinary(text) == theirs.encode(text)
+    ours.save(tmp_path / "out", codec.tokenizer)
+    exported = GPT2Tokenizer.from_pretrained(tmp_path / "out")
+    text = "a <user> b<pad>"  # only transformers puts such tokens into a text
+    assert exported.encode(text) == theirs.encode(text) and len(theirs) == len(exported)
+
+
+def test_special_tokens_without_rows_in_the_network_are_dropped(tmp_path):
+    added_tokens(tmp_path).save_pretrained(tmp_path)
+    transformers_gpt2((400, 16, 1, 1, 4)).save_pretrained(tmp_path)
+    Codec.load(tmp_path).check_vocabulary(400)
+    assert GPT.load(tmp_path).config.vocab_size == 400
+
+
+def test_added_words_are_refused(tmp_path):
+    theirs = added_tokens(tmp_path, "covid19")
     theirs.save_pretrained(tmp_path)
-    transformers_gpt2((tokens + 2, 16, 1, 1, 4)).save_pretrained(tmp_path)
-    assert Codec.load(tmp_path).tokenizer.n_vocab == tokens
-    assert GPT.load(tmp_path).config.vocab_size == tokens
+    transformers_gpt2((len(theirs), 16, 1, 1, 4)).save_pretrained(tmp_path)
+    for load in (Codec.load, GPT.load):
+        with pytest.raises(UserError, match="its added tokens .'covid19'. stand for text; only sp"):
+            load(tmp_path)
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -641,8 +682,11 @@ def test_the_reward_model_scores_the_same_in_transformers(bias, tmp_path):
     with torch.no_grad():
         scores, found = ours.score(batch), theirs.eval()(**padded).logits[:, 0]
     torch.testing.assert_close(found, scores, atol=1e-5, rtol=2e-7)
-    with pytest.raises(UserError, match="score.weight is .1, 32., expected missing"):
-        GPT.load(tmp_path)  # it is no language model
+    needle = "GPT2ForSequenceClassification'. is no language model; a reward model comes from rew"
+    with pytest.raises(UserError, match=needle):
+        GPT.load(tmp_path)
+    with pytest.raises(UserError, match="holds another program's model; expected a stage's folder"):
+        ScalarModel.load(tmp_path)
 
 
 def test_an_export_never_mixes_with_another_model(tmp_path):
@@ -651,13 +695,16 @@ def test_an_export_never_mixes_with_another_model(tmp_path):
     for file in ("tokenizer.json", "checkpoint.pt"):
         (tmp_path / file).mkdir(parents=True)
         (tmp_path / file / "theirs").write_text("theirs")
-        with pytest.raises(UserError, match=f"has a {file} of another model"):
+        with pytest.raises(UserError, match=f"has a {file} already"):
             model.save(tmp_path / file / "..", encoding)
         assert not (tmp_path / "model.safetensors").exists()
         (tmp_path / file / "theirs").unlink()
         (tmp_path / file).rmdir()
     model.save(tmp_path, encoding)
-    model.save(tmp_path, encoding)  # an earlier export is replaced
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="has a config.json already"):
+        model.save(tmp_path, encoding)  # an earlier export is not replaced
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -933,6 +980,19 @@ def test_a_model_that_does_not_exist_is_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_refused_run_leaves_no_folder(folder, tmp_path):
+    out = tmp_path / "new/reward"
+    flags = ["--sft", folder, "--max_new_tokens", "5000", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "reward.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "the context is" in result.stderr and not out.exists()
+    out.mkdir(parents=True)
+    (out / ".lock").touch()
+    (out / "mine").touch()
+    remove_empty(out)
+    assert len(list(out.iterdir())) == 2
 
 
 # ---- fine-tuning starts from either
