@@ -225,9 +225,8 @@ def measure(model: ScalarModel, training: Comparisons, held_out: Comparisons, ru
         pairs["labeler against the hidden rubric"] = pair_accuracy(gold, ranks)
         pairs["reward model against the hidden rubric"] = pair_accuracy(scores, gold_ranks)
         pairs |= probe(model, world, run)
-    correlation = report.correlation(scores, lengths)
-    calibration = report.calibration(scores, ranks)
-    return {"pairs": pairs, "calibration": calibration, "length_correlation": correlation}
+    found = {"pairs": pairs, "calibration": report.calibration(scores, ranks)}
+    return found | {"length_correlation": report.correlation(scores, lengths)}
 
 
 def probe(model: ScalarModel, world: ModuleType, run: Run) -> dict:
@@ -271,10 +270,9 @@ def score_file(config: Config) -> dict:
     if Path(config.score).resolve() == Path(config.out).resolve():
         raise UserError(f"--out {config.out} is the file that --score reads; choose another one")
     codec, model = Codec.load(config.reward_model), ScalarModel.load(config.reward_model)
-    rows = records.load_answers(config.score)
-    comparisons = tokenised(rows, codec, block_size := model.gpt.config.block_size)
+    comparisons = tokenised(records.load_answers(config.score), codec, model.gpt.config.block_size)
     if not comparisons:
-        raise UserError(f"{config.score}: no response fits into a context of {block_size} tokens")
+        raise UserError(f"{config.score}: no response fits into the context of the reward model")
     scores = score_all(to_device(model, config).eval(), comparisons, config)
     scored = [c.record | {"scores": s} for c, s in zip(comparisons, scores, strict=True)]
     records.save_records(config.out, scored)

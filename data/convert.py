@@ -165,8 +165,9 @@ def recognise(row: Row, kind: str | None) -> Format:
         raise row.error("the file is a table by columns", "rows: to_json(B, 'records') in pandas")
     foreign, renames = row.fields.keys() - set().union(*(format.keys for format in FORMATS)), {}
     for key in SYNONYMS.keys() - found:
-        kinds = list if key in ("responses", "messages") else object
-        others = [x for x in SYNONYMS[key] if x in found and isinstance(row.fields[x], kinds)]
+        others = [other for other in SYNONYMS[key] if other in found]
+        if key == "responses":  # a list of strings
+            others = [x for x in others if str(row.fields[x]).startswith(("['", '["'))]
         for other in others or difflib.get_close_matches(key, foreign, 1, cutoff=0.85):
             renames[key] = f'rename "{other}" to "{key}"'
     has = found | renames.keys()
@@ -175,8 +176,7 @@ def recognise(row: Row, kind: str | None) -> Format:
     # a prompt beside what may be its reply is not taken for a prompt alone
     if fits and (fits.keys != {"prompt"} or fits is nearest or kind == "prompts"):
         if not kind and fits.read is formats.read_reply and (grades := GRADES & found):
-            expected = 'all replies to a prompt in one row, as "responses" and "scores"'
-            expected += "; or --demonstrations, to learn from every reply"
+            expected = '"responses" with "scores"; or --demonstrations, to learn from every reply'
             raise row.error(f'a single reply with "{min(grades)}"', expected)
         return fits
     steps = [renames.get(key, f'add "{key}"') for key in sorted(nearest.keys - found)]
@@ -188,8 +188,8 @@ def recognise(row: Row, kind: str | None) -> Format:
     twins = [pair for pair in twins if isinstance(row.fields.get(pair[1]), str | list)]
     for a, b in sorted(twins, key=lambda pair: len(str(row.fields[pair[1]])))[-1:]:
         remedy = f'"chosen" for the better of "{a}" and "{b}", "rejected" for the other'
-    keys = ", ".join(sorted(row.fields))[:200] or "(none)"
-    raise row.error(f"the keys {keys} are of no known format", remedy)
+    keys = ", ".join(sorted(row.fields)) or "(none)"
+    raise row.error(f"the keys {keys:.200} are of no known format", remedy)
 
 
 def read(source: str | Path, kind: str | None = None, last: bool = False) -> tuple:
@@ -199,7 +199,8 @@ def read(source: str | Path, kind: str | None = None, last: bool = False) -> tup
     format.
     """
     format, examples, converted, counts, unread = None, [], [], Counter(rows=0), set()
-    for row in read_source(fetch(str(source))):
+    path = fetch(str(source))
+    for row in read_source(path):
         format = format or recognise(row, kind)
         counts["rows"] += 1
         try:
@@ -214,6 +215,9 @@ def read(source: str | Path, kind: str | None = None, last: bool = False) -> tup
             counts["turns before the last reply left out"] += len(found) - len(answered)
             found = answered
         examples += found
+    if path.is_dir():  # whose rows are its .txt files
+        files = sum(file.is_file() for file in path.rglob("*"))
+        counts["files that are no .txt left out"] = files - counts["rows"]
     kind = kind or default_kind(examples)
     dialogue = any(tag for example in examples for tag, _ in example.prompt)
     for example in examples:

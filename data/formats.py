@@ -26,8 +26,8 @@ CHATS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", *CHATS, "question")  # where a prompt may stand
 SIDES = ("chosen", "rejected")
 SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")  # names of the score of a side
-GRADED = dict.fromkeys(("response", "answer", "text"), "responses")  # in a reply that is an object
-GRADED |= {"rank": "ranks", "overall_score": "scores", "pm_score": "scores"}
+GRADED = {"completions": {"responses": "response", "scores": "overall_score"}}  # UltraFeedback's
+GRADED["answers"] = {"responses": "answer", "ranks": "rank"}  # Nectar's
 PROMPT_WORDS = 5  # of a snippet
 Turn = tuple[str, str]  # tag, text as it follows the tag: after a space
 Counts = Counter[str]  # what was left out or merged: how often
@@ -220,13 +220,12 @@ def read_ranked(row: Row, counts: Counts) -> Iterator[Example]:
 
 
 def read_graded(row: Row, counts: Counts) -> Iterator[Example]:
-    """Replies that are objects with a text and a score or a rank, as in UltraFeedback or Nectar."""
-    replies = row.fields.get("completions", row.fields.get("answers")) or []
-    row.fields["responses"] = []
-    for reply in replies if isinstance(replies, list) else [replies]:
-        found = as_row(row.path, row.line, reply, "a reply").fields
-        for name in GRADED.keys() & found.keys():
-            row.fields.setdefault(GRADED[name], []).append(found[name])
+    """Replies that are objects with a text and a score or a rank."""
+    key = "completions" if "completions" in row.fields else "answers"
+    replies = x if isinstance(x := row.fields.get(key, []), list) else [x]
+    replies = [as_row(row.path, row.line, reply, f'a reply of "{key}"') for reply in replies]
+    for ours, name in GRADED[key].items():
+        row.fields[ours] = [reply.fields.get(name) for reply in replies]
     return read_ranked(row, counts)
 
 
@@ -353,8 +352,7 @@ FORMATS = [  # a row is of the first whose keys it has; a dot leads into an obje
     Format("chosen and rejected replies", {"instruction", *SIDES}, read_pair),
     Format("chosen and rejected replies", {"question", *SIDES}, read_pair),
     Format("UltraFeedback", {"completions.overall_score"}, read_graded),
-    Format("answers with ranks", {"answers.rank"}, read_graded),
-    Format("answers with scores", {"answers.pm_score"}, read_graded),
+    Format("Nectar", {"answers.rank"}, read_graded),
     Format("chosen and rejected dialogues, as in HH", {"chosen", "rejected"}, read_pair),
     Format("OpenAssistant trees", {"prompt.replies"}, read_tree),
     Format("snippets of text", {"snippet"}, read_snippet),

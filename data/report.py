@@ -190,7 +190,5 @@ def print_reward_report(found: dict) -> None:
         print(f"{name:48s} {shown}")
     for predicted, observed, n in found["calibration"]:
         print(f"pairs ordered with probability {predicted:.2f}: {observed:.2f} rightly, of {n}")
-    if math.isnan(r := found["length_correlation"]):
-        print("correlation of score and length: none, since all scores or all lengths are equal")
-    else:
-        print(f"correlation of score and length {r:.2f}")
+    line = f"correlation of score and length {found['length_correlation']:.2f}"
+    print(line.replace("nan", "is not defined: all scores or all lengths are equal"))

@@ -1101,11 +1101,6 @@ OTHER_SHAPES = {  # rows of public data sets: what they become, and the keys tha
         (ASKED, ["y", "x"], [2, 1]),
         "turns",
     ),
-    "Stack Exchange": (
-        {"question": "a", "answers": objects(text=["x", "y"], pm_score=[4, 1]), "qid": 1},
-        ("a", ["x", "y"], [1, 2]),
-        "qid",
-    ),
     "binarised UltraFeedback": (
         CHOICE_OF_CHATS | {"prompt_id": "1", "score_chosen": 8.0, "score_rejected": 3.0},
         (ASKED, [" yes", " no"], [1, 2]),
@@ -1512,7 +1507,7 @@ def test_a_key_that_occurs_twice_and_nan_are_named(read, tmp_path):
 
 def test_a_reply_with_its_grade_is_learnt_only_if_that_is_wanted(tmp_path):
     path = write(tmp_path / "a.jsonl", {**DEMONSTRATION, "score": 0.5})
-    with pytest.raises(DataError, match='as "responses" and "scores"; or --demonstrations'):
+    with pytest.raises(DataError, match='"responses" with "scores"; or --demonstrations'):
         convert.read(path)
     assert converted(path, "demonstrations") == [DEMONSTRATION]
     assert converted(path, "prompts") == [{"prompt": "Say hi."}]

@@ -713,7 +713,7 @@ def test_a_scored_file_keeps_its_records(scoring):
 
 def test_a_file_of_which_nothing_fits_is_not_scored(scoring, tmp_path):
     save_records(scoring.score, [{"prompt": "a", "response": "b " * 10_000}])
-    with pytest.raises(UserError, match="in.jsonl: no response fits into a context of"):
+    with pytest.raises(UserError, match="in.jsonl: no response fits into the context of"):
         reward.main(scoring)
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -725,7 +725,7 @@ def test_ranks_need_neither_differ_nor_begin_at_1(ranks, tiny_base, tmp_path, ca
     flags = {"comparisons": str(tmp_path / "c.jsonl"), "out": str(tmp_path / "reward")}
     reward.main(reward.Config(sft=tiny_base, epochs=1, **flags))
     out = capsys.readouterr().out
-    assert "correlation of score and length: none, since all scores or all lengths are equal" in out
+    assert "score and length is not defined: all scores or all lengths are equal" in out
 
 
 @pytest.mark.parametrize("out", ["in.jsonl", "reward"])
