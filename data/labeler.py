@@ -14,15 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from data.records import (
-    Row,
-    UserError,
-    load_comparisons,
-    pair_accuracy,
-    printable,
-    read_rows,
-    save_records,
-)
+from data import records
+from data.records import UserError, load_comparisons, pair_accuracy, printable, save_records
 from data.toy import gold
 
 REPEAT_EVERY = 10
@@ -73,9 +66,9 @@ def hanging(lead: str, text: str) -> str:
     return lead + "\n".join(lines).removeprefix(indent)
 
 
-def saved_answers(folder: str | Path) -> list[Row]:
+def saved_answers(folder: str | Path) -> list[records.Row]:
     path = Path(folder) / "answers.jsonl"
-    return list(read_rows(path)) if path.exists() and path.stat().st_size else []
+    return list(records.read_rows(path)) if path.exists() and path.stat().st_size else []
 
 
 def check_no_answers(folder: str | Path) -> None:

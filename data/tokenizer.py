@@ -56,10 +56,10 @@ class Codec:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError unless a model of this vocabulary can read the tokens."""
         if self.tokenizer.n_vocab != vocab_size:
-            raise UserError(
-                f"the tokenizer has {self.tokenizer.n_vocab} tokens and the model has "
-                f"{vocab_size}; they belong to different models"
+            own = (
+                f"the tokenizer has {self.tokenizer.n_vocab} tokens and the model has {vocab_size}"
             )
+            raise UserError(f"{own}; they belong to different models")
 
     def state_dict(self) -> dict:
         return {"tokenizer": to_state(self.tokenizer), "template": self.template}
@@ -79,10 +79,8 @@ class Codec:
 def cut_left(tokens: list[int], room: int) -> list[int]:
     """The last `room` tokens. UserError if there is no room at all."""
     if room < 1:
-        raise UserError(
-            f"the context is {1 - room} tokens too small for a prompt and its response; "
-            "take a larger --block_size or fewer --max_new_tokens"
-        )
+        wrong = f"the context is {1 - room} tokens too small for a prompt and its response"
+        raise UserError(f"{wrong}; take a larger --block_size or fewer --max_new_tokens")
     return tokens[-room:]
 
 
@@ -125,10 +123,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding("gpt2")
         except OSError as error:  # includes every exception of requests, with which tiktoken loads
-            raise FileNotFoundError(
-                f"GPT-2's vocabulary cannot be loaded ({type(error).__name__}); without a network, "
-                "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
-            ) from error
+            wrong = f"GPT-2's vocabulary cannot be loaded ({type(error).__name__})"
+            remedy = "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
+            raise FileNotFoundError(f"{wrong}; without a network, {remedy}") from error
     shipped = {path.stem: path for path in Path(__file__).parent.glob("*.tiktoken")}
     path = shipped.get(name, Path(name))
     if path.suffix != ".tiktoken":
@@ -175,10 +172,9 @@ def build(
     ids = [*ranks.values(), *special.values()]
     if END not in special or sorted(ids) != list(range(len(ids))):
         raise UserError("a rank is missing or occurs twice; expected 0, 1, 2, ... once each")
+    tokens = {"mergeable_ranks": ranks, "special_tokens": special}
     try:
-        return tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
+        return tiktoken.Encoding(name, pat_str=pattern, **tokens)
     except ValueError as error:
         what = " ".join(str(error).split())
         raise UserError(f"the tokenizer {name!r} has an invalid pattern: {what}") from None

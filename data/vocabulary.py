@@ -34,10 +34,8 @@ def read_tokenizer(source: Path) -> tiktoken.Encoding | None:
         return None
     path = folder / ("tokenizer.json" if "tokenizer.json" in found else "vocab.json")
     if path.name not in found or (path.name == "vocab.json" and "merges.txt" not in found):
-        raise UserError(
-            f"{folder} has a tokenizer ({', '.join(found)}), but not one of GPT-2's kind: "
-            "tokenizer.json, or vocab.json and merges.txt"
-        )
+        wrong = f"has a tokenizer ({', '.join(found)}), but not one of GPT-2's kind"
+        raise UserError(f"{folder} {wrong}: tokenizer.json, or vocab.json and merges.txt")
     try:
         return parse_tokenizer(path)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -128,7 +128,7 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
     ("ties_alone_weigh_in", REWARD, "reward.py", "sum(c.decides for c in own) / total",
      "len(own) / len(chosen)"),
     ("not_centred", REWARD, "reward.py", "model.head.bias -=", "model.head.bias -= 0 *"),
-    ("centred_on_all_ranks", REWARD, "reward.py", "if rank == 1", "if rank >= 1"),
+    ("centred_on_all_ranks", REWARD, "reward.py", "if rank == min(c", "if rank >= min(c"),
     ("merged_comparisons_held_out", REWARD, "reward.py", "load_comparisons(path) + earlier",
      "earlier + load_comparisons(path)"),
     ("rubric_ranks_reversed", REWARD, "reward.py", "1 + sum(x > own for", "1 + sum(x < own for"),

@@ -1928,4 +1928,4 @@ def test_the_rows_shown_in_the_readme_convert(tmp_path):
         if "[…]" not in line and ", …" not in line:
             (path := tmp_path / "a.jsonl").write_text(line, "utf-8")
             kinds.append(convert.read(path)[1])
-    assert kinds == ["comparisons"] * 3 + ["demonstrations"] * 4 + ["texts"]
+    assert kinds == ["comparisons"] * 5 + ["demonstrations"] * 5 + ["texts"]
