@@ -235,7 +235,8 @@ def naming(path: str | Path) -> Iterator[None]:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's own
         if not isinstance(cause, OSError):
             raise
-        cause.filename = cause.filename or str(path)
+        if cause.errno and not cause.filename:
+            cause.filename = str(path)
         raise cause from None
 
 
