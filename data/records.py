@@ -362,6 +362,8 @@ def split_held_out(rows: list, n: int, key: Callable) -> tuple[list, list]:
 
 def hold_out(rows: list, share: float, key: Callable) -> tuple[list, list]:
     """split_held_out of a share of the rows, one at least; UserError if it leaves none to train."""
+    if not rows:
+        raise UserError("no record fits into the context of the model; shorten the responses")
     held_out, training = split_held_out(rows, max(1, int(share * len(rows))), key)
     if not training:
         raise UserError(f"{len(held_out)} rows are held out, none is left to train on; add more")

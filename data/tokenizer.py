@@ -107,8 +107,6 @@ def fitting(records: list[dict], codec: Codec, block_size: int) -> list[tuple[di
         if room > 0:
             prompt = codec.prompt(record["prompt"], room)
             found.append((record, [(prompt, response) for response in responses]))
-    if not found:
-        raise UserError(f"no record fits into the context of {block_size} tokens; shorten them")
     if len(found) < len(records):
         print(f"{len(records) - len(found)} records longer than the context are left out")
     return found
