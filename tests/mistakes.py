@@ -106,7 +106,7 @@ def wrong_versions(node: ast.AST) -> Iterator[ast.AST]:
 
 def places(node: ast.AST, function: range) -> Iterator[tuple[ast.AST, ast.AST, range]]:
     """(node, what could stand there, lines of the function): not in annotations and decorators, the
-    defaults of flags, messages, and what only runs on import."""
+    defaults of flags, messages, `strict` of zip, and what only runs on import."""
     yield from ((node, wrong, function) for wrong in wrong_versions(node))
     if isinstance(node, ast.If):
         yield node.test, ast.UnaryOp(ast.Not(), node.test), function
@@ -116,7 +116,8 @@ def places(node: ast.AST, function: range) -> Iterator[tuple[ast.AST, ast.AST, r
         for child in value if isinstance(value, list) else [value]:
             flag = isinstance(node, ast.ClassDef) and isinstance(child, ast.AnnAssign)
             on_import = isinstance(node, ast.Module) and isinstance(child, ast.If | ast.Try)
-            ignored = name in ("annotation", "returns", "decorator_list")
+            check = isinstance(child, ast.keyword) and child.arg == "strict"
+            ignored = check or name in ("annotation", "returns", "decorator_list")
             if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
                 if not (flag or on_import or ignored):
                     yield from places(child, function)

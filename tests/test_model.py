@@ -30,6 +30,7 @@ from model import (
     ScalarModel,
     adam,
     attention,
+    batches,
     clip_and_step,
     close_gaps,
     decode_attention,
@@ -129,6 +130,11 @@ def test_pack_refuses_an_empty_prompt_and_one_without_its_response():
 )
 def test_micro_batches_by_hand(lengths, parts):
     assert micro_batches(lengths, RunConfig(max_tokens=10)) == parts
+
+
+def test_every_prompt_has_a_response_in_its_batch():
+    with pytest.raises(ValueError):
+        list(batches([[1], [2]], [[3]], RunConfig(device="cpu")))
 
 
 def test_decided_at_never_crosses_into_a_neighbour():

@@ -1,6 +1,8 @@
 """The three stages in miniature, called in-process: each improves the number it is there for."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -674,6 +676,13 @@ def read_ppo(folder: Path) -> None:
     ppo.load_policies(ppo.Config(compare=str(folder)))
 
 
+@functools.cache
+def short_checkpoint(path: Path) -> dict:
+    """With two lines of metrics, for most of the time to load it goes into those."""
+    saved = torch.load(path, weights_only=True)
+    return saved | {"metrics": saved["metrics"][-2:]}
+
+
 READERS = {"sft": read_sft, "reward": read_reward, "ppo": read_ppo}
 
 
@@ -682,7 +691,7 @@ READERS = {"sft": read_sft, "reward": read_reward, "ppo": read_ppo}
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_checkpoint_of_something_else_loads_or_is_one_line(stage, data, out, tmp_path):
-    saved = inside = torch.load(out / stage / "checkpoint.pt", weights_only=True)
+    saved = inside = copy.deepcopy(short_checkpoint(out / stage / "checkpoint.pt"))
     if stage == "sft":
         saved["config"] = asdict(sft.Config(resume=True))
     key = data.draw(st.sampled_from(sorted(saved)))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import asdict, replace
 
@@ -191,6 +193,23 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_ends(fresh):
     assert [again.log({"loss": 0.0}) or step for step in again.steps(4)] == [2, 3]
     assert [row["step"] for row in lines(again)] == [0, 1, 2, 3]
     assert list(fresh(resume=True).steps(4)) == []
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_end_and_saves(number, status, fresh, capsys):
+    made, handlers = fresh(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        for step in made.steps(5):
+            if step == 2:
+                assert signal.getsignal(number) not in handlers  # else it would end the tests
+                os.kill(os.getpid(), number)
+            made.log({"loss": float(step)})
+    assert end.value.code == status and made.saved == 3
+    assert load_checkpoint(made.folder)["metrics"] == lines(made)
+    assert [row["loss"] for row in lines(made)] == [0, 1, 2]
+    note = f"{made.folder}: saved after step 3 of 5; --resume continues\n"
+    assert capsys.readouterr().err.endswith(note)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_the_bar_shows_four_metrics(fresh):
