@@ -2,8 +2,8 @@
 
     SHIFT=3 pytest -p other_seeds tests/test_ppo.py
 
-What a test draws, initialises or trains then differs. A test that fails must be one of those that
-hold the digest of a seed's data; any other one is a coin, and has to be written anew.
+What a test draws, initialises or trains then differs. A test that fails is a coin, and has to be
+written anew. Only the test that holds the digest of a seed's data is left out.
 """
 
 import os
@@ -27,3 +27,7 @@ class Random(random.Random):
 
 torch.manual_seed = lambda seed: seed_torch((seed + SHIFT * 0x9E3779B9) % 2**63)
 torch.Generator, random.Random = Generator, Random
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items[:] = [item for item in items if not item.name.startswith("test_the_same_seed_gives")]

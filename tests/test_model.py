@@ -264,6 +264,20 @@ def test_greedy_tokens_of_a_published_gpt2(reference):
     assert [p + r for p, r in zip(prompts, responses, strict=True)] == published
 
 
+def test_attention_is_told_where_sequences_begin(monkeypatch):
+    """The kernels need this, which only a GPU runs; here it would not be missed."""
+    told, attend = [], model_module.attention
+    monkeypatch.setattr(
+        model_module, "attention", lambda qkv, *x: told.append(x) or attend(qkv, *x)
+    )
+    batch = pack(PROMPTS, RESPONSES)
+    tiny_gpt()(batch)
+    for cu_seqlens, longest, groups in told:
+        assert cu_seqlens is batch.cu_seqlens and longest == batch.longest
+        assert groups is batch.groups
+    assert len(told) == len(tiny_gpt().h)
+
+
 def test_a_sequence_longer_than_the_context_is_refused():
     """#54."""
     gpt = tiny_gpt(block_size=4)
@@ -734,6 +748,21 @@ def test_generate_samples_without_dropout_and_restores_the_mode(training):
     gpt = tiny_gpt(dropout=0.5).train(training)
     assert generate(gpt, MANY, NEW, 0, generator=seeded(3)) == expected
     assert all(module.training == training for module in gpt.modules())
+
+
+def test_a_bar_counts_the_responses_that_have_ended(monkeypatch):
+    bars = []
+
+    def progress(title, total):
+        bars.append((title, total, mock.MagicMock()))
+        return bars[-1][2]
+
+    monkeypatch.setattr(model_module, "progress", progress)
+    generate(tiny_gpt(), MANY, NEW, 0, generator=seeded(0), max_rows=7, title="answers")
+    ((title, total, bar),) = bars
+    assert (title, total) == ("answers", len(MANY))
+    updates = [call.args[0] for call in bar.__enter__().update.call_args_list]
+    assert sum(updates) == len(MANY) and max(updates) <= 7
 
 
 def test_the_generator_alone_decides():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
@@ -335,11 +336,15 @@ def test_the_rubric_and_the_speed_of_an_iteration_by_hand(tiny_base, monkeypatch
     monkeypatch.setattr(ppo, "make_rollout", lambda models, prompts, *_: rollout)
     monkeypatch.setattr(ppo, "update", lambda *_: {})
     monkeypatch.setattr(ppo, "time", SimpleNamespace(time=lambda: next(seconds)))
-    flags = {"sft": tiny_base, "reward": f"{tmp_path}/mine.py:size", "iterations": 1}
+    flags = {"sft": tiny_base, "reward": f"{tmp_path}/mine.py:size", "iterations": 12}
     ppo.train(ppo.Config(batch_size=3, out=str(tmp_path / "ppo"), device="cpu", **flags))
-    (row,) = [json.loads(x) for x in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
+    row, *_ = [json.loads(x) for x in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
     assert row["objective/gold"] == pytest.approx(sum(gold) / 3)
     assert row["tokens_per_second"] == 6 / 2  # tokens, seconds
+    heads = re.findall(r"^\[step (\d+),", (tmp_path / "ppo/samples.txt").read_text(), re.M)
+    assert heads == [
+        step for step in ("0", "10", "11") for _ in range(3)
+    ]  # every ten, and the last
 
 
 def test_the_penalty_follows_its_target_from_one_iteration_to_the_next(looped):

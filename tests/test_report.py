@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
@@ -138,10 +139,13 @@ def test_a_comparison_is_written_and_printed(tmp_path, capsys):
     config = SimpleNamespace(out=str(tmp_path), judge="gold", seed=7, resume=False)
     rows = [a_row("sft", score=1.0, kl=0.0), a_row("best_of_16", score=math.nan, kl=math.inf)]
     answered = {"sft": [f"answer\n{i}" for i in range(6)], "best_of_16": ["\x1b[31mred"] * 6}
-    report.finish(config, rows, [{"n": 1}], answered, [f"prompt {i}" for i in range(6)], 0.0)
+    prompts, began = [f"prompt {i}" for i in range(6)], time.time() - 100
+    report.finish(config, rows, [{"n": 1}], answered, prompts, began)
     saved = strictly((tmp_path / "results.json").read_text())
     assert list(saved) == ["seed", "seconds", "rows", "best_of_n"]
-    assert saved["seed"] == 7 and saved["seconds"] > 0 and saved["best_of_n"] == [{"n": 1}]
+    assert (
+        saved["seed"] == 7 and 100 <= saved["seconds"] < 1000 and saved["best_of_n"] == [{"n": 1}]
+    )
     assert saved["rows"][0] == rows[0]
     assert (saved["rows"][1]["score"], saved["rows"][1]["kl"]) == (None, None)
     text = (tmp_path / "comparison.txt").read_text()
@@ -177,7 +181,8 @@ def test_a_person_judges_into_the_folder(monkeypatch, tmp_path):
 def test_a_cell_by_hand():
     found = {"gold": 7.126, "gold_ci": 0.054, "length": 31.255, "length_ci": 0.5, "kl": None}
     found |= {"score": -123.4, "score_ci": 5.5, "gold/form": 0.5, "gold/form_ci": 0.125}
-    found |= {"win_rate": 0.5, "pretraining_loss": 3.0}
+    found |= {"win_rate": 0.5, "pretraining_loss": 3.0, "gold/mood": 0.5, "gold/mood_ci": 12.34}
+    found |= {"repetition": 99.94, "eos_rate": 99.96, "distinct_2": 9.996}
     shown = {key: report.cell(found, key) for key in found if not key.endswith("_ci")}
     assert shown == {
         "gold": "7.13 ± 0.05",
@@ -187,6 +192,10 @@ def test_a_cell_by_hand():
         "gold/form": "0.50 ± 0.12",
         "win_rate": "0.50",
         "pretraining_loss": "3.00",
+        "gold/mood": "0.5 ± 12.3",  # the larger one decides the digits
+        "repetition": "99.9",
+        "eos_rate": "100",
+        "distinct_2": "10.0",
     }
 
 

@@ -700,7 +700,7 @@ def scoring(tiny_base, tmp_path) -> reward.Config:
 
 
 def test_a_scored_file_keeps_its_records(scoring):
-    reward.main(scoring)
+    assert reward.main(scoring) == {"records": 2}
     rows = [json.loads(line) for line in open(scoring.out, encoding="utf-8")]
     model, codec = ScalarModel.load(scoring.reward_model).eval(), Codec.load(scoring.reward_model)
     pairs = [(codec.prompt("a"), codec.response(text)) for text in ("b", "c d")]

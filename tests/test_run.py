@@ -28,6 +28,8 @@ from model import GPT, GPTConfig, adam
         ({"lam": 1.01}, "--lam 1.01: expected a number, 0 to 1"),
         ({"gamma": -0.01}, "--gamma -0.01: expected a number, 0 to 1"),
         ({"temperature": 0.0}, "--temperature 0.0: expected a number, 0.01 to 100"),
+        ({"lr": -0.5}, "--lr -0.5: expected a number, 0 to inf"),
+        ({"iterations": -1}, "--iterations -1: expected a number, 0 to inf"),
         ({"lr": math.inf}, "--lr inf: expected a number, 0 to inf"),
         ({"lr": math.nan}, "--lr nan: expected a number, 0 to inf"),
     ],

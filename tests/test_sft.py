@@ -399,4 +399,7 @@ def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch, tm
     assert (gpt.wpe.weight == 2).all() and (GPT.load(tmp_path).wpe.weight == 2).all()
     assert run.metrics[-1]["reward_score"] == pytest.approx(0.9)
     assert run.metrics[-1]["held_out_loss"] == losses[1]
-    assert "best by reward score: epoch 2, score 0.900" in capsys.readouterr().out
+    out, fitted = capsys.readouterr().out, losses.index(min(losses))
+    assert f"best by reward score: epoch 2, score 0.900, loss {losses[1]:.3f}" in out
+    line = f"epoch {fitted + 1}, score {scores[fitted]:.3f}, loss {losses[fitted]:.3f}"
+    assert f"best by held-out loss: {line}" in out
