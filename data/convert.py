@@ -161,7 +161,7 @@ def recognise(row: Row, kind: str | None) -> Format:
     for key, value in row.fields.items():
         first = value[0] if isinstance(value, list) and value else value
         found |= {f"{key}.{name}" for name in first} if isinstance(first, dict) else set()
-    if len(row.fields) > 1 and all(isinstance(value, dict) for value in row.fields.values()):
+    if found and all(isinstance(value, dict) and "0" in value for value in row.fields.values()):
         raise row.error("the file is a table by columns", "rows: to_json(B, 'records') in pandas")
     foreign, renames = row.fields.keys() - set().union(*(format.keys for format in FORMATS)), {}
     for key in SYNONYMS.keys() - found:

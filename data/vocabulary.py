@@ -7,6 +7,7 @@ from pathlib import Path
 import tiktoken
 
 from data.records import UserError
+from data.tensors import read_json
 from data.tokenizer import END, PATTERN, build, format_ranks, get_tokenizer
 
 # What splits text into chunks that no token crosses in GPT-2 and in transformers' GPT2Tokenizer
@@ -60,7 +61,10 @@ def parse_tokenizer(path: Path) -> tiktoken.Encoding:
         merges = [line for line in lines if line and not line.startswith("#version")]
         added = settings.get("added_tokens_decoder", {})
         added = [token | {"id": int(i)} for i, token in added.items()]
-    if words := [x["content"] for x in added if not x["special"] and x["content"] not in vocab]:
+        older = path.with_name("added_tokens.json")  # which does not tell words from special tokens
+        vocab |= json.loads(older.read_text("utf-8")) if older.exists() else {}
+    words = [x["content"] for x in added if not x.get("special", True)]
+    if words := [word for word in words if word not in vocab]:
         raise UserError(f"its added tokens {words} stand for text; only special ones are supported")
     vocab |= {token["content"]: token["id"] for token in added}
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
@@ -72,8 +76,9 @@ def parse_tokenizer(path: Path) -> tiktoken.Encoding:
     special = {token: i for token, i in vocab.items() if token not in tokens}
     special.setdefault(END, len(vocab))  # as transformers does
     model = path.with_name("config.json")  # whose network may have no rows for added tokens
-    rows = json.loads(model.read_text("utf-8")).get("vocab_size") if model.exists() else None
-    special = {token: i for token, i in special.items() if i < (rows or i + 1) or token == END}
+    rows = read_json(model).get("vocab_size") if model.exists() else None
+    if isinstance(rows, int):
+        special = {token: i for token, i in special.items() if i < rows or token == END}
     eos = settings.get("eos_token", END)
     if (eos.get("content") if isinstance(eos, dict) else eos) != END:
         raise UserError(f"its end of text is {eos!r}; only {END} is supported")

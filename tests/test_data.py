@@ -632,13 +632,28 @@ ANY_JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
     max_leaves=8,
 )
-KEYS = sorted({key for good, _, _ in READERS.values() for key in good} | {"ranks", "context"})
-MESSAGE_KEYS = st.sampled_from(["role", "text", "replies", "rank", "deleted"])
+KEYS = {key for good, _, _ in READERS.values() for key in good} | {"ranks", "context", "question"}
+KEYS = sorted(
+    KEYS | {"completions", "answers", "conversation", "history", "system", "score_chosen"}
+)
+MESSAGE_KEYS = [
+    "role",
+    "text",
+    "replies",
+    "rank",
+    "deleted",
+    "content",
+    "answer",
+    "input",
+    "output",
+]
+MESSAGE_KEYS = st.sampled_from([*MESSAGE_KEYS, "response", "overall_score", "weight", "from"])
 ANY_VALUE = (
     ANY_JSON
     | ANY_TEXT.map(lambda words: f"{HUMAN}{words}")
     | st.lists(ANY_TEXT | st.integers(-1, 4), max_size=4)
     | st.dictionaries(MESSAGE_KEYS, ANY_JSON, max_size=5)
+    | st.lists(st.dictionaries(MESSAGE_KEYS, ANY_JSON, max_size=5), max_size=3)
 )
 ANY_ROW = st.dictionaries(st.sampled_from(KEYS), ANY_VALUE, max_size=6)
 few = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -360,6 +360,7 @@ TEXTS = [
     "日本語のテキスト、これはテストです。 the cat sat on the mat; 1234 it's we'll  \n\n\t ok",
     "Привет мир, как дела? Он сказал: «да». " * 3,
 ]
+CONFIG = "tokenizer_config.json"
 SPECIAL = {"none": [], "first": [END], "some": ["<s>", "<pad>", END, "<mask>"]}
 
 
@@ -426,15 +427,17 @@ def added_tokens(folder: Path, *words: str) -> GPT2Tokenizer:
     return theirs
 
 
-@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("files", ["tokenizer.json", "added_tokens.json", CONFIG])
 def test_special_tokens_behind_the_vocabulary_are_kept(files, tmp_path, capsys):
     theirs = added_tokens(tmp_path / "in")
     if files == "tokenizer.json":
         theirs.save_pretrained(tmp_path / "in")
-    else:  # as older versions wrote them
-        added = {len(theirs) - 2 + i: {"content": t} for i, t in enumerate(("<pad>", "<user>"))}
-        added = {str(i): token | {"special": True} for i, token in added.items()}
-        (tmp_path / "in" / CONFIG).write_text(json.dumps({"added_tokens_decoder": added}))
+    else:  # as older versions wrote them, beside vocab.json
+        added = {"<pad>": len(theirs) - 2, "<user>": len(theirs) - 1}
+        if files == CONFIG:
+            added = {str(i): {"content": token, "special": True} for token, i in added.items()}
+            added = {"added_tokens_decoder": added}
+        (tmp_path / "in" / files).write_text(json.dumps(added))
     model = transformers_gpt2((len(theirs) + 3, 16, 1, 1, 4))
     model.save_pretrained(tmp_path / "in")
     capsys.readouterr()
@@ -504,7 +507,6 @@ def model_json(**changes):
 
 SPACE = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 METASPACE = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
-CONFIG = "tokenizer_config.json"
 TOKENIZERS = {  # what is done to a good folder, and what is said
     "merges in another order": (reverse_merges, "ids are not in the order of its merges"),
     "a merge of no token": (unreachable_token, "ids are not in the order of its merges"),
