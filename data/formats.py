@@ -204,7 +204,8 @@ def read_ranked(row: Row, counts: Counts) -> Iterator[Example]:
         rank = dict(zip(sorted(scores), range(len(scores), 0, -1), strict=True))
         row.fields.update(ranks=[rank[score] for score in scores])
     elif "ranks" not in row.fields:
-        if other := [key for key, x in row.fields.items() if are_numbers(x, responses)]:
+        named = filter(re.compile("rank|rating|score|reward|grade|order").search, row.fields)
+        if other := [key for key in named if are_numbers(row.fields[key], responses)]:
             expected = f'"ranks" (1 is best) or "scores" (the highest is best): rename "{other[0]}"'
             raise row.error('the responses have neither "ranks" nor "scores"', expected)
         counts["taken to be best first"] += 1

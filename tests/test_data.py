@@ -1190,6 +1190,7 @@ AT_ODDS = [  # a row that contradicts itself: what is counted, and what it becom
     ),
     ({"prompt": "a", "responses": ["x", "x", "y"], "ranks": [1, 1, 3]}, None, 3),
     (TWO, "taken to be best first", 2),
+    ({**TWO, "lengths": [7, 9]}, "taken to be best first", 2),
 ]
 
 
@@ -1351,6 +1352,8 @@ def test_our_own_records_pass_unchanged(name, tmp_path):
     if name == "comparisons":  # what a table program has made of whole numbers
         rows = [{**row, "ranks": [float(rank) for rank in row["ranks"]]} for row in load(path)]
         assert converted(write(tmp_path / "b.jsonl", *rows)) == load(path)
+        with pytest.raises(DataError, match="whole numbers, 1 is best; python -m data.convert"):
+            load(tmp_path / "b.jsonl")
         with pytest.raises(DataError, match="holds something that is no rank"):
             convert.read(write(tmp_path / "c.jsonl", {**COMPARISON, "ranks": [1.5, 2, 3]}))
 
