@@ -145,7 +145,7 @@ class Fields(dict):
         blank = {key for key, x in fields.items() if isinstance(x, str) and not x.strip()}
         blank -= REPLIES if format.keys - REPLIES else set()  # HH's replies are whole dialogues
         blank |= {key for key, x in fields.items() if x is None} - {"ranks", "scores", "parent_id"}
-        super().__init__({key: fields[key] for key in fields.keys() - blank})
+        super().__init__({key: x for key, x in fields.items() if key not in blank})
         if lacking := format.keys & blank:
             raise Dropped(f'with a blank or null "{min(lacking)}"')
         self.unread = self.keys() - format.keys - {""}  # "" is a table's column of row numbers

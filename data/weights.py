@@ -49,7 +49,7 @@ def download(name: str) -> Path:
             try:
                 torch.hub.download_url_to_file(url, str(folder / file), hash_prefix=sha256)
             except (OSError, RuntimeError) as error:  # no network, no such host, another hash
-                remedy = f"put config.json and model.safetensors of {name} into a folder; name that"
+                remedy = f"put config.json and model.safetensors of {name} into a folder, give that"
                 raise FileNotFoundError(f"{url} cannot be loaded ({error}); {remedy}") from None
     return folder
 

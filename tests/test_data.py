@@ -468,6 +468,8 @@ TEN_MB = 10_000_000
         (b'{"a":' * (TEN_MB // 5), False),
         (b'{"prompt": ' + b"7" * TEN_MB + b"}", False),
         (b'{"prompt": "' + b"a" * TEN_MB, False),
+        (b'{"a": 1' + b', "b": 1, "cc": 2' * (TEN_MB // 17) + b"}", False),
+        (b'{"' + b"a" * TEN_MB + b'": 1, "' + b"a" * TEN_MB + b'": 2}', False),
         (b" " * TEN_MB, False),
     ],
     ids=lambda value: repr(value[:24]) if isinstance(value, bytes) else str(value),

@@ -40,10 +40,10 @@ LONGER = {  # the length that is allowed instead, and why
     "reward.py": (316, "scoring files, and probes of what the reward model sees"),
     "sft.py": (200, "the paper's 16-epoch baseline: which epoch to keep"),
     "product lines": (
-        5384,
+        5385,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (263297, "the same"),
+    "product bytes": (263_344, "the same"),
 }
 
 
