@@ -31,7 +31,7 @@ from lines_of_tests import FLAGS, SOURCES, measured_map
 ROOT = Path(__file__).parents[1]
 KERNELS = b"\nif triton:"  # what follows in model.py is left out
 EQUIVALENT = ROOT / "tests" / "equivalent.jsonl"
-SECONDS = 60  # of tests for a mistake, as the map has measured them; four times that ends them
+SECONDS = 30  # of tests for a mistake, as the map has measured them; eight times that ends them
 SLOW_IMPORTS = ("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "hypothesis")
 SLOW_IMPORTS += ("torch.distributed.tensor", "tiktoken", "transformers.models.gpt2")
 
@@ -194,7 +194,7 @@ def first_failure(folder: Path, tests: list[str]) -> str:
             os.dup2(null, stream)
         files = list(dict.fromkeys(test.split("::")[0] for test in tests))
         os._exit(pytest.main(["-x", "-q", *FLAGS, *files], plugins=[Chosen(tests)]))
-    end = time.time() + 4 * SECONDS
+    end = time.time() + 8 * SECONDS
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.05)
         if time.time() > end:
