@@ -145,9 +145,11 @@ def mistakes(file: str) -> list[Mistake]:
 def chosen_tests(mistake: Mistake, known: dict) -> list[str]:
     """The tests of its line, the cheap ones first; if none, of its function; if none, of its file.
 
+    All tests run the lines outside of functions, though only programs are seen to import them.
     Tests that need an expensive fixture stand side by side, so that it is made once.
     """
-    for lines in ([mistake.line], mistake.function, range(9999)):
+    own_lines = [[mistake.line], mistake.function] if mistake.function else []
+    for lines in (*own_lines, range(9999)):
         places = {f"{mistake.file}:{line}" for line in lines}
         found = sorted(
             (test.split("::")[0] if setup > 1 else "", seconds, len(own), test)

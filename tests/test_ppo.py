@@ -1186,7 +1186,7 @@ def test_a_run_is_refused_on_a_reward_model_that_may_be_worthless(stages, tmp_pa
     saved = torch.load(path, weights_only=True)
     torch.save(saved | {"metrics": [{"accuracy": 0.5, "accuracy_ci": 0.1}]}, path)
     files = {"sft": stages["sft"], "reward_model": stages["reward"], "out": str(out)}
-    config = ppo.Config(iterations=0, device="cpu", **files)
+    config = ppo.Config(iterations=0, batch_size=1, device="cpu", **files)
     with pytest.raises(UserError, match="orders 0.500 ± 0.100 of held-out pairs"):
         ppo.train(config)
     assert not out.exists()

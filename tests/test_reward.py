@@ -445,6 +445,21 @@ def test_demonstrations_that_are_no_part_of_the_training_score_zero(
     assert model.score(batch).mean().item() == pytest.approx(0, abs=1e-5)
 
 
+def test_five_hundred_prompts_are_enough_to_centre(tiny_base, monkeypatch):
+    model, codec, scored = ScalarModel(GPT.load(tiny_base)), Codec.load(tiny_base), []
+    monkeypatch.setattr(
+        reward, "score_all", lambda _, chosen, __: scored.append(chosen) or [[2.0]] * len(chosen)
+    )
+    record = {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}
+    training = [reward.Comparison(record | {"prompt": f"p{i}"}, []) for i in range(502)]
+    before = model.head.bias.item()
+    reward.center(model, training, codec, reward.Config(comparisons="x"))
+    (rows,) = scored
+    assert [c.record["prompt"] for c in rows] == [f"p{i}" for i in range(500)]
+    assert {c.record["response"] for c in rows} == {"b"}
+    assert model.head.bias.item() == pytest.approx(before - 2)
+
+
 def test_new_prompts_of_the_toy_world_are_asked_in_every_round(tiny_base, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "prompts", lambda *x: asked.append(x) or ["a"])
