@@ -798,7 +798,7 @@ def test_a_token_is_as_frequent_as_its_logprob_says():
     sampled = generate(gpt, [prompt] * 4000, 1, 0, temperature=0.7, generator=seeded(0))
     batch = pack([prompt] * 11, [[t] for t in range(11)])
     p = token_logprobs(gpt, batch, temperature=0.7)[0].detach().exp()
-    assert 0.01 < p[0] < p.max() < 0.9
+    assert 0.001 < p[0] < p.max() < 0.9
     within_6_sigma(tensor([r[0] for r in sampled]).bincount(minlength=11), p)
 
 

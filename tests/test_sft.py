@@ -174,7 +174,7 @@ def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_p
     """Two responses a step, the last one alone; and what is measured when."""
     pairs, held_out = list(zip(PROMPTS, RESPONSES, strict=True)), [([1, 2], [3, 4, EOS])]
     model, plain = tiny_gpt(), tiny_gpt()
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 0.5}])
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 0.1}])
     flags = {"seed": 3, "max_tokens": max_tokens, "device": "cpu"}
     codec, config = Codec(get_tokenizer("toy"), "{prompt}"), sft.Config(**flags)
     run = Run("sft", config, tmp_path, model.config, codec, optimizer, model=model)
@@ -189,18 +189,18 @@ def test_several_epochs_are_those_of_a_plain_loop(max_tokens, monkeypatch, tmp_p
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         with torch.no_grad():
             for p in plain.parameters():
-                p -= 0.5 * (0.55 + 0.45 * math.cos(math.pi * step / 42)) * p.grad
+                p -= 0.1 * (0.55 + 0.45 * math.cos(math.pi * step / 42)) * p.grad
                 p.grad = None
             losses.append(loss.item())
             measured.append(sft_loss(plain, pack([[1, 2]], [[3, 4, EOS]])).item())
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, atol=1e-5, rtol=0)
-    assert [row["loss"] for row in run.metrics] == pytest.approx(losses, abs=1e-5)
+        torch.testing.assert_close(weight, expected, atol=1e-4, rtol=0)
+    assert [row["loss"] for row in run.metrics] == pytest.approx(losses, abs=1e-4)
     # an eighth of the steps is five, and the last step counts
     times = [row["step"] for row in run.metrics if "held_out_loss" in row]
     assert times == [0, 5, 10, 15, 20, 25, 30, 35, 40, 41]
     found = [run.metrics[step]["held_out_loss"] for step in times]
-    assert found == pytest.approx([measured[step] for step in times], abs=1e-5)
+    assert found == pytest.approx([measured[step] for step in times], abs=1e-4)
     assert last == run.metrics[-1]
     blocks = "".join(f"[step {step}] Why?\n{step}\n\n" for step in times)
     assert (tmp_path / "samples.txt").read_text() == blocks
