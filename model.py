@@ -15,9 +15,11 @@ H heads of D channels, C = H D channels, V words in the vocabulary, as in GPT-2.
     python model.py out/ppo --export FOLDER                         # as transformers reads it
 """
 
+import contextlib
 import copy
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -30,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import processes, weights
-from data.processes import gather, generator, resolve_device
-from data.records import UserError, printable
+from data.processes import gather, generator, move, rank_and_world, resolve_device, send
+from data.records import UserError, atomic, printable
 from data.run import Count, Positive, Rate, RunConfig, command, load_checkpoint, progress
 from data.tokenizer import Codec, Pairs, columns
 
@@ -65,16 +67,17 @@ class Batch:
         first = starts[:-1].repeat_interleave(starts.diff(), output_size=T)
         self.positions = torch.arange(T, device=first.device) - first  # (T,) within its sequence
         self.last = starts[1:] - 1  # (B,) the last token of each sequence
+        self.starts = starts.tolist()
 
     @functools.cached_property
     def groups(self) -> "Groups":
-        return length_groups(self.cu_seqlens)
+        return length_groups(self.starts, self.tokens.device)
 
 
 def pack(
     prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu"
 ) -> Batch:
-    """Lays B prompts and their responses end to end. UserError for an empty prompt."""
+    """Lays B prompts and their responses end to end, on the CPU. UserError for an empty prompt."""
     if not all(prompts):
         raise UserError("an empty prompt decides nothing; give every prompt at least one token")
     pairs = list(zip(prompts, responses, strict=True))
@@ -84,8 +87,8 @@ def pack(
     is_response = torch.tensor([False, True]).repeat(len(pairs)).repeat_interleave(sizes)
     lengths = sizes.view(-1, 2).sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    tensors = (t.to(device) for t in (tokens, cu_seqlens, is_response))
-    return Batch(*tensors, longest=max(lengths.tolist(), default=0))
+    longest = max(lengths.tolist(), default=0)
+    return move(Batch(tokens, cu_seqlens, is_response, longest), device)
 
 
 def batches(
@@ -148,6 +151,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        x = x.to(self.c_attn.weight.dtype)  # fp32 between layers, while products are in bf16
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (T, 3, H, D)
         return self.c_proj(attend(qkv).flatten(-2))  # (T, H, D) -> (T, C)
 
@@ -159,6 +163,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.c_fc.weight.dtype)
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # tanh as GPT-2
 
 
@@ -180,6 +185,7 @@ class GPT(nn.Module):
     """GPT-2 with GPT-2's parameter names, so that weights load by name; the head is tied to wte."""
 
     recompute = False  # a block's activations in the backward pass: less memory, 4/3 the time
+    attention = "plain"  # PyTorch's, or "fused": our kernels; to_device decides
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -211,11 +217,14 @@ class GPT(nn.Module):
                 f"{batch.longest} tokens do not fit into block_size={self.config.block_size}; "
                 "shorten the prompts or train with a larger --block_size"
             )
-        return self.body(
-            batch.tokens,
-            batch.positions,
-            lambda _, qkv: attention(qkv, batch.cu_seqlens, batch.longest, batch.groups),
-        )
+        attend = self.attend_within(batch)
+        return self.body(batch.tokens, batch.positions, lambda _, qkv: attend(qkv))
+
+    def attend_within(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        """Causal attention within each of the batch's sequences: qkv (T, 3, H, D) -> (T, H, D)."""
+        fused = self.attention == "fused"
+        groups = None if fused else batch.groups  # for the padding of the plain path
+        return lambda qkv: attention(qkv, batch.cu_seqlens, batch.longest, groups, fused)
 
     def body(self, tokens: Tensor, positions: Tensor, attend: Callable) -> Tensor:
         """(T,), (T,) -> hidden (T, C); attend(layer, qkv (T, 3, H, D)) -> (T, H, D)."""
@@ -228,8 +237,8 @@ class GPT(nn.Module):
                 x = block(x, attend_here)
         return self.ln_f(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        return F.linear(hidden, self.head_weight)
+    def logits(self, hidden: Tensor) -> Tensor:  # (n, C) -> (n, V)
+        return head_logits(hidden, self.head_weight)
 
     @classmethod
     def load(cls, source: str | Path, dropout: float = 0.0, average: bool = False) -> "GPT":
@@ -285,7 +294,9 @@ class ScalarModel(nn.Module):
         return self.read(self.gpt(batch)[batch.last])
 
     def read(self, hidden: Tensor) -> Tensor:  # (n, C) -> (n,)
-        return torch.squeeze_copy(self.head(hidden), -1).float()  # FSDP2 warns of views
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 steps by 1/64 beyond 2
+            out = self.head(hidden.to(self.head.weight.dtype))
+        return torch.squeeze_copy(out, -1)  # FSDP2 warns of views
 
 
 def with_weights(make: Callable, sizes: dict, found: dict, source: str | Path) -> nn.Module:
@@ -316,7 +327,8 @@ def token_logprobs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[
     n = rows_at_once(weight)
     for h, token in zip(hidden.split(n), tokens.split(n), strict=True):
         inputs = (h, weight, token, temperature)
-        chunks.append(checkpoint(head_logprobs, *inputs, use_reentrant=False))
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        chunks.append(checkpoint(head_logprobs, *inputs, **how))
     logprobs, entropy = map(torch.cat, zip(*chunks, strict=True))
     return logprobs, entropy
 
@@ -325,11 +337,54 @@ def head_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(n, C), (V, C), (n,) -> log-probabilities (n,) of the tokens, entropy (n,)."""
-    all_logprobs = (F.linear(hidden, weight).float() / temperature).log_softmax(-1)  # (n, V)
+    all_logprobs = (head_logits(hidden, weight) / temperature).log_softmax(-1)  # (n, V)
     logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
     with torch.no_grad():
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
     return logprobs, entropy
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden weight^T, in fp32 even while other products are in bf16: (n, C), (V, C) -> (n, V).
+
+    The logits of the published GPT-2 lie near -65, where bf16 has steps of 0.25 to 0.5.
+    """
+    if torch.bfloat16 in (precision_of(hidden), weight.dtype):
+        return HeadProduct.apply(hidden, weight)
+    return F.linear(hidden, weight)
+
+
+class HeadProduct(torch.autograd.Function):
+    """a b^T, up to a constant in each row, in fp32; its gradients are products in bf16."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:  # (n, C), (V, C) -> (n, V)
+        ctx.dtypes = a.dtype, b.dtype
+        if a.is_cuda:  # autograd knows no gradient of this product
+            a, b = a.bfloat16(), centred(b)
+            out = torch.mm(a, b.T, out_dtype=torch.float32)
+        else:
+            with torch.autocast(a.device.type, enabled=False):
+                out = F.linear(a.float(), b.float())
+        ctx.save_for_backward(a, b)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = (x.bfloat16() for x in ctx.saved_tensors)
+        grad = grad.bfloat16()
+        return (grad @ b).to(ctx.dtypes[0]), (grad.T @ a).to(ctx.dtypes[1])
+
+
+def centred(weight: Tensor) -> Tensor:
+    """A head in bf16 without its mean row, which is all but a constant in each row of logits."""
+    return weight if weight.dtype == torch.bfloat16 else (weight - weight.mean(0)).bfloat16()
+
+
+def precision_of(x: Tensor) -> torch.dtype:
+    """What products of x are computed in: autocast's type, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rows_at_once(weight: Tensor) -> int:
@@ -346,6 +401,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) ->
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     cdf = logits.softmax(-1).cumsum(-1)
+    uniform = send(uniform, logits.device)
     level = uniform[:, None] * cdf[:, -1:]  # < the total: no token of probability 0 is drawn
     tokens = torch.searchsorted(cdf, level, right=True)[:, 0]
     return tokens.clamp_(max=logits.shape[-1] - 1)  # guards against NaN logits
@@ -370,17 +426,19 @@ def generate(
     with uniform[b, t], so max_rows does not change the result. `title` is that of a progress bar.
     UserError if the longest prompt and max_new_tokens exceed block_size.
     """
-    R, S = min(max_rows, len(prompts)), max(map(len, prompts), default=1) + max_new_tokens
+    S = max(map(len, prompts), default=1) + max_new_tokens
     if S > model.config.block_size:
         raise UserError(
             f"longest prompt + max_new_tokens = {S} exceeds block_size={model.config.block_size}; "
             "shorten the prompts or lower max_new_tokens"
         )
     model = sampling_copy(model)
-    config, weight = model.config, model.head_weight
-    H, D = config.n_head, config.n_embd // config.n_head
-    cache = weight.new_zeros(config.n_layer, 2, R, H, S, D)
-    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).to(weight.device)
+    config, weight = model.config, model.h[0].attn.c_attn.weight
+    R, H = min(max_rows, len(prompts), rows_that_fit(model, S)), config.n_head
+    cache = weight.new_empty(config.n_layer, 2, R, H, S, config.n_embd // H)
+    in_bf16 = cache.is_cuda and cache.dtype == torch.bfloat16
+    head = centred(model.head_weight) if in_bf16 else model.head_weight
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
     responses: list[list[int]] = [[] for _ in prompts]
     rows: list[int] = []  # row r of the cache answers prompt rows[r]
     admitted = 0  # prompts 0, 1, ... that have a row, or had one
@@ -388,11 +446,11 @@ def generate(
     def sample(hidden: Tensor, chosen: list[int]) -> None:
         """The next token of each chosen prompt, from the hidden states (R, C) that decide it."""
         step = [len(responses[b]) for b in chosen]
-        tokens = draw(model.logits(hidden), uniform[chosen, step], temperature, top_k)
+        tokens = draw(head_logits(hidden, head), uniform[chosen, step], temperature, top_k)
         for b, token in zip(chosen, tokens.tolist(), strict=True):
             responses[b].append(token)
 
-    with progress(title, len(prompts)) as bar:
+    with torch.autocast(weight.device.type, enabled=False), progress(title, len(prompts)) as bar:
         while admitted < len(prompts) or rows:
             if admitted < len(prompts) and len(rows) <= R * 3 // 4:  # in bulk, not one at a time
                 new = list(range(admitted, min(admitted + R - len(rows), len(prompts))))
@@ -404,11 +462,24 @@ def generate(
             rows = close_gaps(cache, rows, ended)
             bar.update(sum(ended))
             if rows:
-                newest = torch.tensor([responses[b][-1] for b in rows], device=weight.device)
+                newest = send([responses[b][-1] for b in rows], weight.device)
                 cached = [len(prompts[b]) + len(responses[b]) - 1 for b in rows]
-                lengths = torch.tensor(cached, device=weight.device)
+                lengths = send(cached, weight.device)
                 sample(decode(model, newest, cache[:, :, : len(rows)], lengths), rows)
     return responses
+
+
+def rows_that_fit(model: GPT, S: int) -> int:
+    """Rows of S slots that fit into half of a GPU's free memory. UserError if none does."""
+    weight, config = model.h[0].attn.c_attn.weight, model.config
+    size = 2 * config.n_layer * S * config.n_embd * weight.element_size()
+    free = processes.free_memory(weight.device) // 2
+    if free < size:
+        raise UserError(
+            f"the key-value cache of one response takes {size / 1e9:.1f} GB for {S} tokens, and "
+            f"the GPU has {free / 1e9:.1f} GB for it; lower --max_new_tokens"
+        )
+    return free // size
 
 
 def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
@@ -417,10 +488,11 @@ def prefill(model: GPT, prompts: list[list[int]], cache: Tensor) -> Tensor:
     batch = pack(prompts, [[]] * len(prompts), device=cache.device)
     rows = torch.arange(len(prompts), device=cache.device)
     rows = rows.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.tokens))  # (T,)
+    within = model.attend_within(batch)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        cache[layer][:, rows, :, batch.positions] = qkv[:, 1:].to(cache.dtype)  # (T, 2, H, D)
-        return attention(qkv, batch.cu_seqlens, batch.longest, batch.groups)
+        cache[layer][:, rows, :, batch.positions] = qkv[:, 1:]  # (T, 2, H, D)
+        return within(qkv)
 
     return model.body(batch.tokens, batch.positions, attend)[batch.last]
 
@@ -429,7 +501,7 @@ def decode(model: GPT, tokens: Tensor, cache: Tensor, lengths: Tensor) -> Tensor
     """Feeds each row its newest token: (R,), (n_layer, 2, R, H, S, D), (R,) -> hidden (R, C)."""
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        return decode_attention(qkv.to(cache.dtype), cache[layer], lengths)
+        return decode_attention(qkv, cache[layer], lengths, model.attention == "fused")
 
     return model.body(tokens, lengths, attend)
 
@@ -449,16 +521,16 @@ def close_gaps(cache: Tensor, rows: list[int], ended: list[bool]) -> list[int]:
 def sampling_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
     """The network from which every process samples by itself: unsharded, and in eval mode.
 
-    Its weights have autocast's precision by default, which would else cast them anew for every
-    token. It shares the model's weights where nothing has to be changed.
+    The weights of its layers' products have autocast's precision by default, which would else cast
+    them anew for every token. It shares the weights that do not change.
     """
-    device = model.head_weight.device.type
-    low = torch.is_autocast_enabled(device)
-    dtype = dtype or (torch.get_autocast_dtype(device) if low else model.head_weight.dtype)
+    dtype = dtype or precision_of(model.head_weight)
     with torch.device("meta"):
         copied = GPT(model.config)
     whole = processes.unsharded_weights(model)
-    copied.load_state_dict({name: w.to(dtype) for name, w in whole.items()}, assign=True)
+    layers = {name: w.to(dtype) for name, w in whole.items() if ".attn." in name or ".mlp." in name}
+    copied.load_state_dict(whole | layers, assign=True)
+    copied.attention = model.attention
     return copied.eval()
 
 
@@ -468,10 +540,9 @@ def sampling_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
 
 def to_device(model: nn.Module, config: RunConfig) -> nn.Module:
     """The network on its device; with --shard, an equal part of every tensor on each process's."""
-    for part in model.modules():
-        if isinstance(part, GPT):
-            part.recompute = config.recompute
-    model = model.to(resolve_device(config.device))
+    gpt, model = getattr(model, "gpt", model), model.to(resolve_device(config.device))
+    gpt.attention = model.attention = choose_attention(gpt, config.attention)
+    gpt.recompute = config.recompute
     if config.shard:
         # token_logprobs uses the weights of a GPT's head once more after its pass
         processes.shard(model, keep=isinstance(model, GPT), methods=("values", "score"))
@@ -491,7 +562,7 @@ def lr_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, loss: float, lr: float = 1.0, clip: float = 1.0
+    optimizer: torch.optim.Optimizer, loss: Tensor | float, lr: float = 1.0, clip: float = 1.0
 ) -> tuple[float, list[float]]:
     """Clips each model's gradient to norm `clip`, steps at `lr` times its peak rate, clears it.
 
@@ -500,11 +571,13 @@ def clip_and_step(
     them is not finite.
     """
     groups, whole = optimizer.param_groups, processes.whole
-    loss = sum(gather(loss))
     processes.sum_gradients([p for group in groups for p in group["params"]])
     gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
     norms = [whole(nn.utils.get_total_norm(found)) for found in gradients]
-    numbers = [norm.item() for norm in norms]
+    numbers = [torch.as_tensor(loss, device=norms[0].device), *norms]
+    # here the CPU waits for the device, once in a step
+    loss, *numbers = torch.stack([x.double() for x in numbers]).tolist()
+    loss = sum(gather(loss))
     if not all(map(math.isfinite, (loss, *numbers))):
         for group in groups:
             named = zip(group["param_names"], group["params"], strict=True)
@@ -522,36 +595,31 @@ def clip_and_step(
 # --------------------------------------------------------------------------------------------------
 # Attention over ragged batches and over the key-value cache, in plain PyTorch
 
-FUSED = False  # no GPU has run the Triton kernels yet; tests/bench_attention.py checks them on one
 Groups = tuple[list[tuple[int, int]], Tensor, Tensor]  # what length_groups returns
 
 
-def use_kernels(x: Tensor) -> bool:
-    return FUSED and triton is not None and x.is_cuda
-
-
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, longest: int, groups: Groups | None = None
+    qkv: Tensor, cu_seqlens: Tensor, longest: int, groups: Groups | None = None, fused: bool = False
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, causal within each of B sequences that lie end to end.
 
     qkv (T, 3, H, D), cu_seqlens (B + 1,) int32, longest: at least the longest length -> (T, H, D).
-    groups = length_groups(cu_seqlens) spares the plain path from computing it in every layer.
+    groups, what length_groups returns, spares the plain path from computing it in every layer.
     """
     if not len(qkv):
         return qkv[:, 0]
-    if use_kernels(qkv):
+    if fused:
         return fused_attention(qkv.contiguous(), cu_seqlens, longest)[0]
-    return padded_attention(qkv, groups or length_groups(cu_seqlens))
+    return padded_attention(qkv, groups or length_groups(cu_seqlens.tolist(), qkv.device))
 
 
-def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor, fused: bool = False) -> Tensor:
     """Appends each row's new key and value to its cached ones, then attends to all the row has.
 
     qkv (B, 3, H, D) of one new token a row, cache (2, B, H, S, D) of which each row has filled
     lengths (B,) slots -> (B, H, D). Other slots may hold any finite numbers.
     """
-    if use_kernels(qkv):
+    if fused:
         return fused_decode(qkv.contiguous(), cache, lengths)
     return padded_decode(qkv, cache, lengths)
 
@@ -559,13 +627,13 @@ def decode_attention(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
 PADS = 64  # max padding tokens per group
 
 
-def length_groups(cu_seqlens: Tensor) -> Groups:
+def length_groups(starts: list[int], device: torch.device | str = "cpu") -> Groups:
     """Sorts sequences into rectangles (rows, L), longest first, with few padding tokens in each.
 
-    -> the rectangles; the token in each of their slots, (slots,); the slot of each token, (T,).
-    Padding repeats the last token of its own sequence: no NaN can cross from one to another.
+    starts, cu_seqlens as a list -> the rectangles; the token in each of their slots, (slots,); the
+    slot of each token, (T,). Padding repeats the last token of its own sequence: no NaN can cross
+    from one to another.
     """
-    starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     shapes, token, slot, room = [], [], [0] * starts[-1], 0
     full = [b for b, n in enumerate(lengths) if n]
@@ -579,8 +647,7 @@ def length_groups(cu_seqlens: Tensor) -> Groups:
         shapes[-1] = (rows + 1, width)
         slot[start : start + n] = range(len(token), len(token) + n)
         token += [*range(start, start + n), *[start + n - 1] * (width - n)]
-    on_device = [torch.tensor(x, device=cu_seqlens.device) for x in (token, slot)]
-    return shapes, *on_device
+    return shapes, send(token, device), send(slot, device)
 
 
 def padded_attention(qkv: Tensor, groups: Groups) -> Tensor:
@@ -622,9 +689,12 @@ def padded_decode(qkv: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
 
 if triton:
     LOG2E = constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and exp2 is the hardware's own
-    # BLOCK and STEP (see fused_attention), warps that run a program, pipeline stages of its loads;
-    # beyond D = 64 they need 115 KB of shared memory: an A100 or H100 has that, an RTX 4090 not
-    TILES = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 64, 4, 1)}
+    # BLOCK and STEP (see fused_attention), warps that run a program, pipeline stages of its loads
+    TILES = {  # of heads with D <= 64, and larger ones
+        "forward": [(128, 64, 8, 3), (128, 64, 8, 2)],
+        "dq": [(128, 64, 8, 2), (64, 64, 4, 2)],
+        "dkv": [(64, 64, 4, 1), (64, 64, 8, 1)],
+    }
     FP32_TILE = (32, 16, 4, 1)  # larger ones do not fit into the registers
 
     @torch.library.custom_op("rlhf::attention", mutates_args=())
@@ -672,7 +742,7 @@ if triton:
     def launch(name: str, kernel, tensors: tuple[Tensor, ...], cu_seqlens: Tensor, longest: int):
         """Runs a kernel for each block of each head of each sequence; tensors[0] is qkv."""
         (_, _, H, D), B = tensors[0].shape, len(cu_seqlens) - 1
-        tile = FP32_TILE if tensors[0].dtype == torch.float32 else TILES[name]
+        tile = FP32_TILE if tensors[0].dtype == torch.float32 else TILES[name][D > 64]
         BLOCK, STEP, warps, stages = tile
         kernel[triton.cdiv(longest, BLOCK), H, B](
             *tensors, cu_seqlens, H, D, BLOCK, STEP, num_warps=warps, num_stages=stages
@@ -844,6 +914,81 @@ if triton:
 
 
 # --------------------------------------------------------------------------------------------------
+# The trial of the kernels: python -m model --trial TYPE D DEVICE
+
+TRIAL_SECONDS = 300
+
+
+def choose_attention(gpt: GPT, flag: str) -> str:
+    """Fused where a trial has found the kernels right, else plain; rank 0 decides for all."""
+    weight, D, verdict = gpt.head_weight, gpt.config.n_embd // gpt.config.n_head, ""
+    if not (triton and weight.is_cuda and flag == "auto"):
+        return "plain"
+    if rank_and_world()[0] == 0:
+        verdict = trial(str(precision_of(weight))[6:], D, str(weight.device))
+    return "fused" if gather(verdict)[0] == "right" else "plain"
+
+
+@functools.cache
+def trial(dtype: str, D: int, device: str) -> str:
+    """What is wrong with the kernels on this GPU, or right; the verdict is kept in torch's cache.
+
+    Another process tries them: a kernel may never end, or leave the GPU unusable.
+    """
+    gpu, versions = torch.cuda.get_device_name(device), (torch.__version__, triton.__version__)
+    here = (gpu, *versions, Path(__file__).read_text("utf-8"), dtype, D)
+    known = Path(torch.hub.get_dir()) / f"picorlhf/trial-{processes.seed_of(*here):x}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        verdict = f"{gpu} has less than compute capability 8.0"
+    elif known.exists():
+        verdict = known.read_text("utf-8")
+    else:
+        command = [sys.executable, "-m", "model", "--trial", dtype, str(D), device]
+        verdict, final = processes.last_line(command, Path(__file__).parent, TRIAL_SECONDS)
+        if final:
+            with contextlib.suppress(OSError):  # where nothing can be kept, it is asked every time
+                known.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(known) as file:
+                    file.write(verdict.encode())
+    if verdict != "right":
+        print(f"attention in plain PyTorch; a trial of our kernels says: {verdict} ({known})")
+    return verdict
+
+
+def judge_kernels(dtype: torch.dtype, D: int, device: torch.device) -> str:
+    """The first result in which the kernels err more than twice as much as plain PyTorch; or right.
+
+    Errors are relative, against float64. In fp32, three tf32 products may err by 1e-5.
+    """
+    for seed, longest in enumerate((255, 1024, 1024)):
+        torch.manual_seed(seed)
+        lengths = torch.tensor([1, 0, 63, 129, 200, longest])
+        B, T, H = len(lengths), int(lengths.sum()), 3
+        shapes = (T, 3, H, D), (T, H, D), (B, 3, H, D), (2, B, H, longest + 1, D)
+        tensors = [torch.randn(shape).to(device, dtype) for shape in shapes]
+        tensors += [F.pad(lengths.cumsum(0), (1, 0)).int().to(device), lengths.to(device)]
+        exact, plain, ours = (
+            attention_results(*tensors, kind, fused)
+            for kind, fused in ((torch.float64, False), (dtype, False), (dtype, True))
+        )
+        for name, x in exact.items():
+            limit, error = (((y[name] - x).norm() / x.norm()).item() for y in (plain, ours))
+            if not error <= max(2 * limit, 1e-5 if dtype == torch.float32 else 0.0):
+                return f"{name} has an error of {error:.1e}, {limit:.1e} in PyTorch"
+    return "right"
+
+
+def attention_results(qkv, do, new, cache, cu_seqlens, lengths, kind: torch.dtype, fused: bool):
+    """Everything that attention computes, by name, from inputs of this kind."""
+    qkv, do, new, cache = (x.to(kind, copy=True) for x in (qkv, do, new, cache))
+    out = attention(qkv.requires_grad_(), cu_seqlens, cache.shape[3] - 1, fused=fused)
+    out.backward(do)
+    dq, dk, dv = qkv.grad.unbind(1)
+    decoded = decode_attention(new, cache, lengths, fused)
+    return {"o": out.detach(), "dq": dq, "dk": dk, "dv": dv, "decoding": decoded, "cache": cache}
+
+
+# --------------------------------------------------------------------------------------------------
 # python model.py MODEL ...: ask a model, or several side by side
 
 
@@ -896,6 +1041,10 @@ def ask(config: AskConfig) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--trial"]:
+        name, D, place = sys.argv[2:]
+        print(judge_kernels(getattr(torch, name), int(D), resolve_device(place)))
+        raise SystemExit
     try:
         command(ask, AskConfig, {})
     except (EOFError, KeyboardInterrupt):  # Ctrl-D or Ctrl-C at the prompt

@@ -32,7 +32,7 @@ import data
 from data import processes, report
 from data.folders import claim, keep_apart
 from data.presets import PPO as PRESETS
-from data.processes import gather, generator, my_share, rank_key, shuffled
+from data.processes import gather, generator, move, my_share, rank_key, shuffled
 from data.python_reward import RewardFunction
 from data.records import UserError
 from data.run import (
@@ -192,7 +192,7 @@ class Models:
     ref_policy: GPT
     reward_model: ScalarModel | RewardFunction
     value_model: ScalarModel
-    average: GPT  # the policy's moving average: evaluated, never sampled from in training
+    average: GPT | None  # the policy's moving average: evaluated, never sampled from in training
     codec: Codec
     documents: list[Pair]  # of PPO-ptx
 
@@ -207,15 +207,16 @@ class Models:
             value_model = ScalarModel(policy, shared=config.value == "head")
         else:
             value_model = ScalarModel.load(config.reward_model)
-        networks = {"ref_policy": GPT.load(config.sft), "average": copy.deepcopy(policy)}
-        networks |= {"policy": policy, "value_model": value_model}
+        networks = {"ref_policy": GPT.load(config.sft), "policy": policy}
+        networks["value_model"] = value_model
+        networks |= {"average": copy.deepcopy(policy)} if config.ema_decay else {}
         networks = {name: to_device(m, config).eval() for name, m in networks.items()}
         texts = data.texts(config.texts, 4000, config.seed) if config.ptx_coef else []
         return cls(
             reward_model=load_reward_model(config, codec),
             codec=codec,
             documents=documents(texts, codec, policy.config.block_size),
-            **networks,
+            **({"average": None} | networks),
         )
 
 
@@ -227,7 +228,7 @@ def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunct
 
 @dataclass
 class Rollout:
-    """B sampled responses, and all that is known about them before the first update."""
+    """B sampled responses, and all that is known about them before the first update: on the CPU."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -256,7 +257,7 @@ class Rollout:
         """The chosen responses, at most config.max_tokens tokens at a time."""
         pairs = [[(self.prompts[b], self.responses[b])] for b in chosen]
         for part, batch in grouped(pairs, config):
-            yield batch, self.select([chosen[i] for i in part])
+            yield batch, move(self.select([chosen[i] for i in part]), batch.tokens.device)
 
 
 @torch.no_grad()
@@ -279,14 +280,13 @@ def make_rollout(
             found[f"{name}_logprobs"].append(token_logprobs(model, batch, config.temperature)[0])
 
     # 3. gather: every process knows the whole rollout
-    device = found["scores"][0].device
     shares = gather((sampled, {name: torch.cat(parts).cpu() for name, parts in found.items()}))
     responses = [tokens for share, _ in shares for tokens in share]
-    known = {name: torch.cat([x[name] for _, x in shares]).to(device) for name in found}
+    known = {name: torch.cat([x[name] for _, x in shares]) for name in found}
     check_finite("sampled responses:", known)
 
     # 4. a response that does not end gets a score of its own
-    ended = torch.tensor([float(r[-1] == eos) for r in responses], device=device)
+    ended = torch.tensor([float(r[-1] == eos) for r in responses])
     if not math.isnan(config.missing_eos_score):
         known["scores"] = torch.where(ended == 1, known["scores"], config.missing_eos_score)
 
@@ -304,7 +304,7 @@ def update(
     models: Models, optimizer: Optimizer, rollout: Rollout, config: Config, lr: float, key: tuple
 ) -> dict[str, float]:
     """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics."""
-    stats: dict[str, list[float]] = defaultdict(list)
+    stats: dict[str, list[Tensor | float]] = defaultdict(list)
     # Adam is scale-invariant, so a weight between losses that share no parameter hardly matters
     vf_coef = config.vf_coef if config.value == "head" else 1.0
     for epoch in range(config.ppo_epochs):
@@ -321,11 +321,11 @@ def update(
                 vf_loss = value_loss(values, old.old_values, old.returns, config.cliprange_value)
                 (vf_coef * vf_loss * (n / total)).backward()
                 if n:  # a sharded pass may be empty
-                    loss += (pg_loss + vf_coef * vf_loss).item() * n / total
+                    loss += (pg_loss + vf_coef * vf_loss).detach().double() * n / total
                     found = {"policy/loss": pg_loss, "value/loss": vf_loss}
                     found |= ratio_statistics(logprobs, old.old_logprobs, config.cliprange)
                     for name, x in (found | {"policy/entropy": entropy.mean()}).items():
-                        stats[name].append(x.item())
+                        stats[name].append(x.detach())
             if config.ptx_coef:
                 n = math.ceil(config.ptx_ratio * len(chosen))
                 drawn = shuffled(models.documents, *key, epoch, i, "ptx")[:n]
@@ -351,7 +351,7 @@ def ratio_statistics(logprobs: Tensor, old_logprobs: Tensor, cliprange: float) -
     }
 
 
-def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[float]:
+def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[Tensor]:
     """Adds the gradient of ptx_coef times the mean loss on documents; returns their losses.
 
     PPO-ptx: the last term of InstructGPT's equation 2.
@@ -361,14 +361,15 @@ def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[flo
         n = len(batch.decided_at)
         loss = -token_logprobs(policy, batch)[0].mean()
         (config.ptx_coef * loss * (n / total)).backward()
-        losses += [loss.item()] if n else []
+        losses += [loss.detach()] if n else []
     return losses
 
 
-def mean_across_ranks(stats: dict[str, list[float]]) -> dict[str, float]:
+def mean_across_ranks(stats: dict[str, list[Tensor | float]]) -> dict[str, float]:
     """The mean of what all processes have noted, by name."""
     noted: dict[str, list[float]] = defaultdict(list)
-    for share in gather(stats):
+    mine = {name: torch.stack([*map(torch.as_tensor, stats[name])]).tolist() for name in stats}
+    for share in gather(mine):
         for name, values in share.items():
             noted[name] += values
     return {name: sum(values) / len(values) for name, values in noted.items()}
@@ -391,7 +392,8 @@ def train(config: Config) -> dict[str, GPT]:
     policy, value_model, codec = models.policy, models.value_model, models.codec
     value_part = value_model.head if config.value == "head" else value_model
     optimizer = adam([(policy, config.lr), (value_part, config.value_lr)])
-    modules = {"model": policy, "value_model": value_model, "average": models.average}
+    modules = {"model": policy, "value_model": value_model}
+    modules |= {"average": models.average} if models.average else {}
     B, n, world = config.batch_size, config.eval_prompts, data.rubric(config.prompts)
     texts = data.prompts(config.prompts, config.iterations * B, config.seed + 1, held_out=n)
     room = policy.config.block_size - config.max_new_tokens
@@ -408,7 +410,8 @@ def train(config: Config) -> dict[str, GPT]:
         lr = lr_schedule(step, config.iterations, config.warmup)
         metrics = summary(rollout, kl_coef)
         metrics |= update(models, optimizer, rollout, config, lr, key)
-        update_average(models.average, policy, config.ema_decay)
+        if models.average:
+            update_average(models.average, policy, config.ema_decay)
         metrics |= {"lr": lr * config.lr, "kl_coef": kl_coef}
         if config.kl_target:
             kl, target, horizon = metrics["objective/kl"], config.kl_target, config.kl_horizon
@@ -423,7 +426,7 @@ def train(config: Config) -> dict[str, GPT]:
             for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
                 run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
     policies = {run.folder.name: policy}
-    if config.ema_decay:
+    if models.average:
         policies[f"{run.folder.name}_ema"] = models.average
     return {name: sampling_copy(model, torch.float32) for name, model in policies.items()}
 
@@ -508,7 +511,7 @@ def kl_from(
         logprobs, _ = token_logprobs(model, batch, config.temperature)
         ref_logprobs, _ = token_logprobs(ref_policy, batch, config.temperature)
         parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
-        sums += [part.sum().item() for part in parts]
+        sums += torch.stack([part.sum() for part in parts]).tolist()
     return sums
 
 
@@ -613,9 +616,11 @@ def main(config: Config) -> dict:
         if config.ablation:
             no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
             policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
-    if processes.rank_and_world()[0]:  # one process compares
+    rank, world = processes.rank_and_world()
+    if rank:  # one process compares, and asks the others for nothing
         return {}
-    rows = compare(replace(config, shard=False), policies, started)
+    alone = {"attention": "plain"} if world > 1 else {}
+    rows = compare(replace(config, shard=False, **alone), policies, started)
     return {row["model"]: row for row in rows}
 
 

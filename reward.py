@@ -28,7 +28,7 @@ import data
 from data import labeler, processes, records, report
 from data.folders import claim, keep_apart
 from data.presets import REWARD as PRESETS
-from data.processes import batch_at, gather, generator, my_share, seed_of, steps_per_epoch
+from data.processes import batch_at, gather, generator, my_share, seed_of, send, steps_per_epoch
 from data.records import UserError, hold_out, load_comparisons, pair_accuracy
 from data.run import Free, Input, Positive, Rate, Run, RunConfig, command, name_unused, program
 from data.tokenizer import Codec, Pairs, fitting
@@ -65,13 +65,14 @@ class Config(RunConfig):
 def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
     """Mean over prompts of the mean of -log sigmoid(r_better - r_worse) over a prompt's pairs.
 
-    InstructGPT, equation 1. scores (N,), ranks (N,) with 1 best and equal = tie, which makes no
-    pair; counts[p] adjacent responses belong to prompt p. No pair at all: 0, with zero gradient.
+    InstructGPT, equation 1. scores (N,), ranks (N,) on the CPU with 1 best and equal = tie, which
+    makes no pair; counts[p] adjacent responses belong to prompt p. No pair: 0, with zero gradient.
     """
     losses = []
     for r, rank in zip(scores.split(counts), ranks.split(counts), strict=True):  # (K,)
-        better = rank[:, None] < rank[None, :]  # (K, K)
-        if better.any():
+        better = (rank[:, None] < rank[None, :]).nonzero(as_tuple=True)  # row and column: a pair
+        if len(better[0]):
+            better = tuple(send(i, r.device) for i in better)
             losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())
     return torch.stack(losses).mean() if losses else 0 * scores.sum()
 
@@ -177,9 +178,9 @@ def train(run: Run, comparisons: Comparisons) -> None:
             scores, counts = model.score(batch), [len(c.pairs) for c in own]
             ranks = torch.tensor([rank for c in own for rank in c.record["ranks"]])
             weight = sum(c.decides for c in own) / total  # the mean over all prompts results
-            loss = ranking_loss(scores, ranks.to(scores.device), counts) * weight
+            loss = ranking_loss(scores, ranks, counts) * weight
             loss.backward()
-            loss_sum += loss.item()
+            loss_sum += loss.detach().double()
         lr = lr_schedule(step, steps, warmup=steps // 20)
         loss, (norm,) = clip_and_step(run.optimizer, loss_sum, lr)
         run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})

@@ -1,11 +1,15 @@
 """Random numbers, the device, and the processes that torchrun starts: each one's share of a batch,
 sums of gradients, and networks that are sharded over the processes."""
 
+import atexit
 import functools
 import hashlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -55,22 +59,71 @@ def rank_key(*key: int | str) -> tuple[int | str, ...]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a --device flag; torchrun's processes on one machine get a GPU each."""
+    """The device of a --device flag; torchrun's processes on one machine get a GPU each.
+
+    A GPU becomes the current one: NCCL, FSDP2 and Triton use no other.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not available: {line:.100}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def send(x: Tensor | list, device: torch.device | str) -> Tensor:
+    """A copy on the device of what the CPU holds; the CPU does not wait for the device."""
+    return torch.as_tensor(x).to(device, non_blocking=True)
+
+
+def move(owner, device: torch.device | str):
+    """Sends every tensor that an object holds, and returns the object."""
+    for name, x in vars(owner).items():
+        if isinstance(x, Tensor):
+            setattr(owner, name, send(x, device))
+    return owner
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a GPU has left for new tensors; of a CPU's, nothing is known here."""
+    if device.type != "cuda":
+        return sys.maxsize
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def last_line(command: list[str], folder: Path, seconds: float) -> tuple[str, bool]:
+    """The last line that a command prints, or why there is none; false if it may pass next time."""
+    try:
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {seconds} seconds", False
+    printed = (ran.stderr if ran.returncode else ran.stdout).split("\n")
+    lines = [line for line in printed if line.strip()]
+    line = [f"exit status {ran.returncode}", *lines][-1][:200]
+    return line, "out of memory" not in line
 
 
 def rank_and_world() -> tuple[int, int]:
     """The rank of this process, and the number of processes: (0, 1) without torchrun."""
     d = torch.distributed
     return (d.get_rank(), d.get_world_size()) if d.is_initialized() else (0, 1)
+
+
+def join(device: str) -> None:
+    """Makes this process, which torchrun has started, a member of the group until it ends.
+
+    Gloo sums the tensors of a CPU and carries all objects; NCCL sums the tensors of GPUs.
+    """
+    on_gpu = resolve_device(device).type == "cuda"
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    atexit.register(leave)
 
 
 def leave() -> None:

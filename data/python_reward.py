@@ -37,8 +37,9 @@ class RewardFunction:
             raise UserError(f"--reward {place}: the file has no function {self.name!r}")
 
     def score(self, batch) -> Tensor:  # -> (B,)
-        sequences = batch.tokens.split(batch.cu_seqlens.diff().tolist())
-        pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, batch.lengths, strict=True)]
+        sequences = batch.tokens.cpu().split(batch.cu_seqlens.diff().tolist())
+        lengths = batch.lengths.tolist()
+        pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, lengths, strict=True)]
         prompts = [self.codec.text(prompt.tolist()) for prompt, _ in pairs]
         texts = [self.codec.text(response.tolist()) for _, response in pairs]
         with FaultsOf(self.path):

@@ -2,7 +2,6 @@
 folder with metrics, samples and an exact checkpoint."""
 
 import argparse
-import atexit
 import functools
 import inspect
 import io
@@ -15,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -41,8 +40,9 @@ class RunConfig:
     """The flags that every stage has: a field is a flag, and its trailing comment is the help."""
 
     seed: int = 0  # every random number is a function of (seed, stage, step)
-    device: Free[str] = "auto"  # cpu, cuda, or auto: cuda where it is available
-    dtype: Free[str] = "float32"  # precision of the network passes: float32 or bfloat16 (autocast)
+    device: Free[str] = "auto"  # cpu, cuda, cuda:1, ..., or auto: cuda where it is available
+    dtype: Free[str] = "auto"  # bfloat16, float32 (on a GPU by TF32 products); auto: by the device
+    attention: Free[str] = "auto"  # plain: PyTorch's; auto: our kernels on a GPU that proves them
     max_tokens: Free[Positive] = 16384  # tokens in one network pass: lower it when memory runs out
     recompute: Free[bool] = False  # recompute activations in the backward pass: less memory, slower
     shard: Free[bool] = False  # spread weights, gradients and optimiser over torchrun's processes
@@ -87,8 +87,7 @@ def command(main: Callable[[Any], Any], config_class: type, presets: dict[str, d
     with one_line_errors(Run.whereabouts):
         config = parse(config_class, presets)
         if "RANK" in os.environ:  # torchrun has started this process
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-            atexit.register(processes.leave)
+            processes.join(config.device)
         try:
             with redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()):
                 main(config)
@@ -98,10 +97,22 @@ def command(main: Callable[[Any], Any], config_class: type, presets: dict[str, d
         except RuntimeError as error:  # torch's own, on a GPU and on a CPU
             if "closed by peer" in str(error):
                 raise UserError("another process has ended; its own message says why") from None
-            if "memory" not in str(error):
+            if not re.search("out of memory|allocate memory", str(error)):
                 raise
             line = str(error).splitlines()[0]
             raise UserError(f"{line:.200}; lower --max_tokens, then --batch_size") from None
+
+
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "attention": ("auto", "plain")}
+
+
+def resolve_dtype(config: RunConfig) -> str:
+    """What --dtype auto is: bfloat16 on a GPU that has it, else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    on_gpu = resolve_device(config.device).type == "cuda"
+    has_it = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it else "float32"
 
 
 def program(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
@@ -112,13 +123,17 @@ def program(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
 
     @functools.wraps(main)
     def wrapped(config: RunConfig) -> dict:
-        if config.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype {config.dtype} is unknown; choose float32 or bfloat16")
-        device, low = resolve_device(config.device).type, config.dtype == "bfloat16"
+        for name, choices in CHOICES.items():
+            if (value := getattr(config, name)) not in choices:
+                raise UserError(f"--{name} {value} is unknown; choose {', '.join(choices)}")
+        device, config = resolve_device(config.device), replace(config, dtype=resolve_dtype(config))
+        low = config.dtype == "bfloat16"
+        if device.type == "cuda":  # high: TF32; highest: the scalar heads, all that is left in fp32
+            torch.set_float32_matmul_precision("highest" if low else "high")
         Run.active_run, held = None, set(folders.LOCKS)
         try:
             # no cache of cast weights: they would be stale after an optimiser step
-            with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False):
                 return main(config)
         finally:
             if Run.active_run:
@@ -231,8 +246,9 @@ class Run:
         self.is_writer = rank == 0
         places = folders.inputs(config, free=False) | dict(read)
         self.inputs = {name: folders.fingerprint(place) for name, place in places.items()}
-        device, dtype = str(resolve_device(config.device)), config.dtype
-        self.resolved = {"device": device, "dtype": dtype, "attention": "plain"}
+        device, dtype = str(resolve_device(config.device)), resolve_dtype(config)
+        attention = getattr(modules["model"], "attention", "plain")
+        self.resolved = {"device": device, "dtype": dtype, "attention": attention}
         self.resolved["processes"] = world
         if config.resume and (self.folder / "checkpoint.pt").exists():
             self._restore()

@@ -174,7 +174,7 @@ def check_attention(D: int, dtype: torch.dtype, limit: float) -> None:
     ours = errors(
         lambda y: model.fused_attention(y, cu_seqlens, max(lengths))[0], qkv, do, expected
     )
-    groups = model.length_groups(cu_seqlens)
+    groups = model.length_groups(cu_seqlens.tolist(), DEVICE)
     theirs = errors(lambda y: model.padded_attention(y, groups), qkv, do, expected)
     line = f"check D {D:3d} {str(dtype)[6:]:8s} relative errors of o, dq, dk, dv: "
     line += "ours " + " ".join(f"{e:.1e}" for e in ours)
@@ -228,12 +228,12 @@ def best_tiles(D: int, report: Report) -> dict[str, tuple]:
     """Changes model.TILES one kernel at a time; returns the fastest, for the caller to install."""
     lengths = [1024] * 32 if GPU else [40]
     qkv, do, cu_seqlens = ragged(lengths, 1024 // D if GPU else 1, D)
-    installed = dict(model.TILES)
+    installed = {name: tiles[D > 64] for name, tiles in model.TILES.items()}
     o, lse = model.fused_attention(qkv, cu_seqlens, max(lengths))
     for name, candidates in CANDIDATES.items():
         times: Table = {}
         for tile in candidates if GPU else candidates[:1]:
-            model.TILES[name] = tile
+            model.TILES[name][D > 64] = tile
             run = model.fused_attention if name == "forward" else model.fused_backward
             inputs = (qkv,) if name == "forward" else (qkv, o, lse, do)
             times[str(tile)] = milliseconds(
@@ -241,11 +241,16 @@ def best_tiles(D: int, report: Report) -> dict[str, tuple]:
             )
         timed = {t: ms for t, ms in times.items() if isinstance(ms, float)}
         fastest = min(timed, key=timed.__getitem__)
-        model.TILES[name] = next(tile for tile in candidates if str(tile) == fastest)
+        model.TILES[name][D > 64] = next(tile for tile in candidates if str(tile) == fastest)
         report.row(f"tiles D {D} {name}: {fastest}", times)
-    found = dict(model.TILES)
-    model.TILES.update(installed)
+    found = {name: tiles[D > 64] for name, tiles in model.TILES.items()}
+    install(D, installed)
     return found
+
+
+def install(D: int, tiles: dict[str, tuple]) -> None:
+    for name, tile in tiles.items():
+        model.TILES[name][D > 64] = tile
 
 
 # --------------------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ def contestants(
         yield name, functools.partial(sdpa, backend, Q, K, V, is_causal=True), *rest
     if dense:
         return
-    groups = model.length_groups(cu_seqlens)
+    groups = model.length_groups(cu_seqlens.tolist(), DEVICE)
     yield "our padded path", lambda: model.padded_attention(qkv, groups), [qkv], do
     length = torch.tensor(lengths, device=DEVICE)[:, None, None, None]
     mask = torch.ones(longest, longest, device=DEVICE, dtype=torch.bool).tril()
@@ -421,11 +426,11 @@ def main(seconds: float, out: Path | None) -> None:
     tiles = {}
     for D in (64, 128) if GPU else (16,):
         tiles[D] = best_tiles(D, report)
-        model.TILES.update(tiles[D])
+        install(D, tiles[D])
         check_attention(D, DTYPE, 2e-2)  # as the fastest tiles compute it
     print("\nms, useful TFLOP/s, multiple of our time")
     for title, lengths, D, dense in batches():
-        model.TILES.update(tiles[D])
+        install(D, tiles[D])
         compare(report, title, lengths, D, dense)
     print("\nms, multiple of our time; floor: what must be read, at the copy rate")
     sizes = [(B, 1024) for B in (1, 8, 64, 256, 512)] + [(64, 4096)] if GPU else [(2, 64)]

@@ -51,7 +51,12 @@ class Setup:
     def logprobs(self, model: GPT) -> Tensor:
         """Of the rollout's responses, as PPO computes them."""
         parts = batches(self.prompts, self.rollout.responses, self.config)
-        return torch.cat([token_logprobs(model, b, self.config.temperature)[0] for b in parts])
+        found = [token_logprobs(model, b, self.config.temperature)[0] for b in parts]
+        return torch.cat(found).cpu()
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.policy.head_weight.device
 
 
 Verdict = tuple[bool, str]  # does it hold, and what was measured
@@ -130,7 +135,7 @@ def the_cache_gives_the_same_tokens(s: Setup) -> Verdict:
     """Decoding with the key-value cache differs from a forward pass over the whole sequence."""
     new = min(12, s.config.max_new_tokens)
     greedy = generate(s.models.policy, s.prompts, new, s.models.codec.eos, temperature=0)
-    batch = pack(s.prompts, greedy, s.rollout.scores.device)
+    batch = pack(s.prompts, greedy, s.device)
     logits = s.models.policy.logits(s.models.policy(batch)[batch.decided_at]).float()
     chosen = logits.gather(1, batch.tokens[batch.decided_at + 1, None])[:, 0]
     x = largest(logits.max(1).values - chosen)  # 0 but for ties within rounding
@@ -142,7 +147,7 @@ def frequencies_match_logprobs(s: Setup) -> Verdict:
     n, prompt, t = 4000, s.prompts[0], s.config.temperature
     seed = generator(s.config.seed, "check", "frequencies")
     sampled = generate(s.models.policy, [prompt] * n, 1, s.models.codec.eos, t, generator=seed)
-    batch = pack([prompt], [[0]], s.rollout.scores.device)
+    batch = pack([prompt], [[0]], s.device)
     logits = s.models.policy.logits(s.models.policy(batch)[batch.decided_at]).float()
     p = (logits[0] / t).softmax(-1).double().cpu()
     counts = torch.bincount(torch.tensor(sampled)[:, 0], minlength=len(p)).double()
@@ -156,9 +161,9 @@ def frequencies_match_logprobs(s: Setup) -> Verdict:
 def neighbours_change_nothing(s: Setup) -> Verdict:
     """Attention or positions reach across the sequences of a batch."""
     pairs = list(zip(s.prompts, s.rollout.responses, strict=True))[:4]
-    alone = [pack([p], [r], s.rollout.scores.device) for p, r in pairs]
+    alone = [pack([p], [r], s.device) for p, r in pairs]
     parts = [token_logprobs(s.models.policy, b, s.config.temperature)[0] for b in alone]
-    together = torch.cat(parts)
+    together = torch.cat(parts).cpu()
     x = largest(together - s.rollout.old_logprobs[: len(together)])
     return x < s.tolerance, f"alone and in a batch differ by at most {x:.2g}"
 
@@ -167,7 +172,7 @@ def the_score_is_read_at_the_end(s: Setup) -> Verdict:
     """The reward model's score comes from another position than the response's last token."""
     if s.config.reward:
         return True, "a Python reward reads whole texts"
-    batch = pack(s.prompts, s.rollout.responses, s.rollout.scores.device)
+    batch = pack(s.prompts, s.rollout.responses, s.device)
     everywhere, last = s.models.reward_model(batch), batch.cu_seqlens[1:].long() - 1
     x = largest(s.models.reward_model.score(batch) - everywhere[last])
     return x < s.tolerance, f"differs from the last token's by at most {x:.2g}"

@@ -30,7 +30,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     if model.triton and not GPU:
         small = {"forward": (32, 16, 4, 1), "dq": (16, 32, 4, 1), "dkv": (32, 16, 4, 1)}
-        monkeypatch.setattr(model, "TILES", small)
+        monkeypatch.setattr(model, "TILES", {name: [tile, tile] for name, tile in small.items()})
 
 
 def ragged(lengths: list[int], H: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +55,7 @@ def exact(qkv: Tensor, lengths: list[int]) -> Tensor:
 def attend(path: str, qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     if path == "fused":
         return model.fused_attention(qkv, cu_seqlens, longest)[0]
-    return model.padded_attention(qkv, model.length_groups(cu_seqlens))
+    return model.padded_attention(qkv, model.length_groups(cu_seqlens.tolist(), DEVICE))
 
 
 def with_gradient(function, qkv: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def test_any_lengths(path: str, lengths: list[int]) -> None:
 @kernels
 @pytest.mark.parametrize("tile", [(128, 64, 8, 2), (64, 64, 4, 1), (16, 64, 4, 1)], ids=str)
 def test_tiles_do_not_matter(tile: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, tile))
+    monkeypatch.setattr(model, "TILES", dict.fromkeys(model.TILES, [tile, tile]))
     check("fused", [130, 1, 64, 65], 1, 64, torch.float16)
 
 
@@ -147,7 +147,7 @@ def test_causal(path: str) -> None:
 def test_length_groups() -> None:
     lengths = torch.randint(0, 300, (200,)).tolist()
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    shapes, token, slot = model.length_groups(cu_seqlens)
+    shapes, token, slot = model.length_groups(cu_seqlens.tolist())
     sequence = torch.arange(200).repeat_interleave(torch.tensor(lengths))  # (T,)
     assert torch.equal(token[slot], torch.arange(sum(lengths)))
     assert sum(rows for rows, _ in shapes) == sum(n > 0 for n in lengths)
@@ -157,18 +157,18 @@ def test_length_groups() -> None:
     assert len(token) - len(slot) <= model.PADS * len(shapes)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_whatever_is_selected(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions the model calls, with FUSED as it is and as it will be; groups or none."""
-    monkeypatch.setattr(model, "FUSED", fused)
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=kernels)])
+def test_what_the_model_calls(fused: bool) -> None:
+    """Attention as the model selects it, with groups or without, and one token decoded."""
     qkv, _, cu_seqlens = ragged([5, 9], 1, 16, torch.float32)
-    out = model.attention(qkv, cu_seqlens, 9, model.length_groups(cu_seqlens))
-    assert torch.equal(model.attention(qkv, cu_seqlens, 9), out)
+    out = model.attention(qkv, cu_seqlens, 9, model.length_groups([0, 5, 14], DEVICE), fused)
+    assert torch.equal(model.attention(qkv, cu_seqlens, 9, fused=fused), out)
     assert error(out, exact(qkv, [5, 9])) < FP32
     cache = torch.zeros(2, 1, 1, 9, 16, device=DEVICE)
     cache[:, 0, :, :8] = qkv[5:13, 1:].permute(1, 2, 0, 3)
     lengths = torch.tensor([8], device=DEVICE)
-    assert error(model.decode_attention(qkv[13:], cache, lengths), out[13:].double()) < FP32
+    found = model.decode_attention(qkv[13:], cache, lengths, fused)
+    assert error(found, out[13:].double()) < FP32
 
 
 # --------------------------------------------------------------------------------------------------

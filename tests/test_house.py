@@ -30,8 +30,8 @@ LINES = {  # the rooms of the house
 PRODUCT_LINES, PRODUCT_BYTES = 3600, 170_000
 LONGER = {  # the length that is allowed instead, and why
     "model.py": (
-        905,
-        "226 lines are Triton kernels, 110 the same attention in PyTorch, 100 generate",
+        1051,
+        "230 lines are Triton kernels, 80 their trial, 110 the same attention in PyTorch",
     ),
     "ppo.py": (
         608,

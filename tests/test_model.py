@@ -8,12 +8,14 @@ import math
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +38,7 @@ from model import (
     decode_attention,
     draw,
     generate,
+    head_logprobs,
     lr_schedule,
     micro_batches,
     pack,
@@ -503,6 +506,110 @@ def test_under_autocast_equal_models_agree_and_scalars_are_fp32():
     assert torch.equal(logprobs, ref_logprobs)
     assert 1e-4 < (logprobs - exact).abs().max() < 0.3  # bf16 was used, and is near
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in outputs)
+
+
+def head_at(mean, V=5003, C=64, N=200):
+    """Hidden states and a head whose logits have this mean, as the published GPT-2's have one near
+    -65 (in float64: log-probabilities of drawn tokens, before and after a small step)."""
+    g = torch.Generator().manual_seed(0)
+    on = torch.randn(C, generator=g)  # what all hidden states have in common
+    hidden = torch.randn(N, C, generator=g) + on
+    weight = torch.randn(V, C, generator=g) * 3 / C**0.5 + mean * on / (on @ on)
+    moved = hidden + 1e-3 * torch.randn(N, C, generator=g)
+    exact = [(h.double() @ weight.double().T).log_softmax(-1) for h in (hidden, moved)]
+    tokens = torch.multinomial(exact[0].exp(), 1, generator=g)[:, 0]
+    return hidden, moved, weight, tokens, [x[torch.arange(N), tokens] for x in exact]
+
+
+@pytest.mark.parametrize("mean", [0, -65, -100])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_log_probabilities_in_bf16_do_not_depend_on_the_mean_logit(mean, gpu):
+    """A GPU multiplies factors in bf16, which are off by a constant of the weights; the ratio of
+    two policies, which PPO clips at 0.2, is off by little."""
+    hidden, moved, weight, tokens, exact = head_at(mean)
+    with fake_gpu() if gpu else nullcontext():
+        device = "cuda" if gpu else "cpu"
+        hidden, moved, weight, tokens = (x.to(device) for x in (hidden, moved, weight, tokens))
+        with torch.autocast(device, torch.bfloat16):
+            found = [head_logprobs(h, weight, tokens, 1.0)[0].cpu() for h in (hidden, moved)]
+    errors = (found[0] - exact[0]).abs()
+    off = ((found[1] - found[0]) - (exact[1] - exact[0])).expm1().abs()
+    assert errors.mean() < (0.012 if gpu else 1e-5)
+    assert off.mean() < (0.012 if gpu else 1e-5) and off.max() < 0.1
+
+
+def test_a_product_in_bf16_would_lose_log_probabilities():
+    """What the test above guards against: the share of ratios that are off by more than 0.2."""
+    hidden, moved, weight, tokens, exact = head_at(-100)
+    rounded = [
+        (h.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1) for h in (hidden, moved)
+    ]
+    found = [x[torch.arange(len(tokens)), tokens] for x in rounded]
+    off = ((found[1] - found[0]) - (exact[1] - exact[0])).expm1().abs()
+    assert (found[0] - exact[0]).abs().mean() > 0.05 and (off > 0.2).double().mean() > 0.01
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_the_gradient_of_a_head_in_bf16(gpu):
+    hidden, _, weight, tokens, _ = head_at(-65)
+
+    def gradients(device, dtype):
+        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden.clone(), weight.clone()))
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            head_logprobs(h, w, tokens.to(device), 1.0)[0].sum().backward()
+        assert h.grad.dtype == w.grad.dtype == dtype
+        return h.grad.cpu(), w.grad.cpu()
+
+    exact = gradients("cpu", torch.float64)
+    with fake_gpu() if gpu else nullcontext():
+        found = gradients("cuda" if gpu else "cpu", torch.float32)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_in_bf16_sampling_and_scoring_agree_to_1e_4_nats(gpu):
+    """KL of the distributions that tokens are drawn from, and those that score them: a network of
+    twelve layers whose logits lie near -65, prompts at once and responses token by token."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=997, block_size=40, n_layer=12, n_head=2, n_embd=64)).eval()
+    gpt.ln_f.bias.normal_(std=3.0)
+    gpt.wte.weight.sub_(65 * gpt.ln_f.bias / gpt.ln_f.bias.square().sum())
+    sampled, real = [], model_module.draw
+
+    def noted(logits, *rest):
+        sampled.append(logits.log_softmax(-1).cpu())
+        return real(logits, *rest)
+
+    prompts = torch.randint(997, (16, 5)).tolist()
+    with fake_gpu() if gpu else nullcontext():
+        gpt = gpt.to("cuda" if gpu else "cpu")
+        with (
+            torch.autocast("cuda" if gpu else "cpu", torch.bfloat16),
+            mock.patch.object(model_module, "draw", noted),
+        ):
+            responses = generate(gpt, prompts, 20, 997, generator=seeded(0))
+            batch = pack(prompts, responses, "cuda" if gpu else "cpu")
+            logits = gpt.logits(gpt(batch)[batch.decided_at]).cpu()
+    assert logits.dtype == torch.float32 and logits.mean() < -40 or gpu  # there up to a constant
+    scored = logits.log_softmax(-1).view(16, 20, 997).transpose(0, 1)
+    drawn = torch.stack(sampled)  # (20, 16, 997), a row for each prompt in order
+    kl = (drawn.exp() * (drawn - scored)).sum(-1)
+    assert kl.mean() < 1e-4
+
+
+def test_scores_and_values_are_read_in_fp32():
+    """In bf16 a score of 3 would be a multiple of 1/64."""
+    torch.manual_seed(0)
+    scalar, hidden = ScalarModel(tiny_gpt()), torch.randn(50, 32)
+    scalar.head.bias.data.fill_(3.0)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = scalar.read(hidden)
+        expected = hidden.double() @ scalar.head.weight[0].double() + 3
+    close(found.double(), expected)
+    assert (found * 64 % 1).abs().max() > 0.1
 
 
 def test_generate_runs_under_autocast():

@@ -201,8 +201,8 @@ def test_sampling_that_is_not_what_is_scored_is_named(change, config, monkeypatc
 def test_a_cache_that_forgets_is_named(config, monkeypatch):
     decode = model_module.decode_attention
 
-    def forgets(qkv, cache, lengths):
-        return decode(qkv, cache, (lengths - 1).clamp(min=0))
+    def forgets(qkv, cache, lengths, *how):
+        return decode(qkv, cache, (lengths - 1).clamp(min=0), *how)
 
     setup = load(config)
     monkeypatch.setattr(model_module, "decode_attention", forgets)
