@@ -853,9 +853,9 @@ def test_what_does_not_fit_into_the_context_is_refused_and_an_empty_prompt():
 @pytest.mark.parametrize("training", [True, False])
 def test_generate_samples_without_dropout_and_restores_the_mode(training):
     """#6 dropout_on."""
-    _, expected = naive_responses(1.0, 0)
+    _, expected, eos = naive_responses(1.0, 0)
     gpt = tiny_gpt(dropout=0.5).train(training)
-    assert generate(gpt, MANY, NEW, 0, generator=seeded(3)) == expected
+    assert generate(gpt, MANY, NEW, eos, generator=seeded(3)) == expected
     assert all(module.training == training for module in gpt.modules())
 
 
