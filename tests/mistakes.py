@@ -143,7 +143,7 @@ def mistakes(file: str) -> list[Mistake]:
 
 
 def chosen_tests(mistake: Mistake, known: dict) -> list[str]:
-    """The tests of its line, the cheap ones first; if none, of its function; if none, of its file.
+    """The tests of its line, first those of few seconds and lines; else of its function, or file.
 
     All tests run the lines outside of functions, though only programs are seen to import them.
     Tests that need an expensive fixture stand side by side, so that it is made once.
@@ -152,15 +152,15 @@ def chosen_tests(mistake: Mistake, known: dict) -> list[str]:
     for lines in (*own_lines, range(9999)):
         places = {f"{mistake.file}:{line}" for line in lines}
         found = sorted(
-            (test.split("::")[0] if setup > 1 else "", seconds, len(own), test)
+            (test.split("::")[0] if setup > 1 else "", seconds * len(own), test)
             for test, (seconds, setup, own) in known.items()
             if seconds < float("inf") and not places.isdisjoint(own)
         )
         if found:
             break
     chosen, spent, made = [], 0.0, {""}
-    for file, seconds, _, test in found:
-        spent += seconds + (0 if file in made else known[test][1])
+    for file, _, test in found:
+        spent += known[test][0] + (0 if file in made else known[test][1])
         made.add(file)
         chosen += [test] if spent <= SECONDS else []
     return chosen

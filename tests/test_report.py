@@ -183,6 +183,7 @@ def test_a_cell_by_hand():
     found |= {"score": -123.4, "score_ci": 5.5, "gold/form": 0.5, "gold/form_ci": 0.125}
     found |= {"win_rate": 0.5, "pretraining_loss": 3.0, "gold/mood": 0.5, "gold/mood_ci": 12.34}
     found |= {"repetition": 99.94, "eos_rate": 99.96, "distinct_2": 9.996}
+    found |= {"edge": 9.995, "other edge": 99.95}
     shown = {key: report.cell(found, key) for key in found if not key.endswith("_ci")}
     assert shown == {
         "gold": "7.13 ± 0.05",
@@ -196,6 +197,8 @@ def test_a_cell_by_hand():
         "repetition": "99.9",
         "eos_rate": "100",
         "distinct_2": "10.0",
+        "edge": "10.0",
+        "other edge": "100",
     }
 
 

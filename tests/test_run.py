@@ -117,7 +117,7 @@ def test_precision_is_decided_around_the_program(dtype):
 def test_a_progress_bar_has_a_title_and_is_shown_by_the_first_process_alone(monkeypatch):
     with progress("words", 10, 4) as bar:
         assert (bar.disable, bar.n, bar.total, bar.desc) == (False, 4, 10, "words")
-        assert bar.mininterval == 10  # stderr is no terminal here
+        assert bar.ncols == 80 and bar.mininterval == 10  # stderr is no terminal here
     with progress("", 10) as bar:
         assert bar.disable
     monkeypatch.setattr(run, "rank_and_world", lambda: (1, 2))
