@@ -43,6 +43,7 @@ from model import (
     micro_batches,
     pack,
     sampling_copy,
+    to_device,
     token_logprobs,
 )
 
@@ -265,6 +266,14 @@ def test_greedy_tokens_of_a_published_gpt2(reference):
     prompts, published = arrays["ids_small"].tolist(), arrays["published_greedy"].tolist()
     responses = generate(gpt, prompts, 6, eos_token=999, temperature=0)
     assert [p + r for p, r in zip(prompts, responses, strict=True)] == published
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_network_is_put_on_the_device_with_its_flags(recompute):
+    config = RunConfig(device="cpu", recompute=recompute)
+    model = to_device(ScalarModel(tiny_gpt()), config)
+    assert model.gpt.recompute is recompute and to_device(tiny_gpt(), config).recompute is recompute
+    assert not GPT.recompute  # of no other network
 
 
 def test_attention_is_told_where_sequences_begin(monkeypatch):
