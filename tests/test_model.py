@@ -913,10 +913,12 @@ def within_6_sigma(counts, p):
 def test_a_token_is_as_frequent_as_its_logprob_says():
     """#7 topk_sampling, #8 temp_missing, #9 end-of-text is suppressed."""
     gpt, prompt = tiny_gpt(), [3, 5]
+    with torch.no_grad():
+        gpt.wte.weight *= 0.3  # so that every token is drawn now and then
     sampled = generate(gpt, [prompt] * 4000, 1, 0, temperature=0.7, generator=seeded(0))
     batch = pack([prompt] * 11, [[t] for t in range(11)])
     p = token_logprobs(gpt, batch, temperature=0.7)[0].detach().exp()
-    assert (p > 0.005).sum() > 2  # there is something to count
+    assert (p > 0.005).sum() > 5  # there is something to count
     within_6_sigma(tensor([r[0] for r in sampled]).bincount(minlength=11), p)
 
 
