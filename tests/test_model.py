@@ -114,6 +114,7 @@ def test_pack_takes_empty_responses():
     assert batch.decided_at.tolist() == [2]
     assert batch.lengths.tolist() == [0, 1, 0]
     assert pack([[5]], [[]]).decided_at.tolist() == []
+    assert pack([], []).longest == 0
 
 
 def test_pack_refuses_an_empty_prompt_and_one_without_its_response():

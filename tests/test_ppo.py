@@ -838,10 +838,12 @@ def test_the_kl_of_a_response_sums_the_log_ratios_of_its_tokens(compared):
 def test_a_prompted_answer_ends_at_its_line_break(compared, monkeypatch):
     gpt, codec, config = compared
     encode, yes = codec.tokenizer.encode_ordinary, codec.response("Yes.")
-    given = [encode(" Yes.\nQuestion: Why?"), yes, encode("Yes, but")]  # the third one is cut
-    texts = [row["prompt"] for row in toy.prompts(3, 0, "dev")]
+    given = [encode(" Yes.\nQuestion: Why?"), yes, encode("Yes, but")]  # the third one is cut,
+    given += [encode(" Yes, but "), encode(" ")]  # and these; of the last one nothing is left
+    texts = [row["prompt"] for row in toy.prompts(5, 0, "dev")]
     monkeypatch.setattr(ppo, "sample", lambda *_: given)
-    assert ppo.few_shot_answers(gpt, texts, codec, config) == [yes, yes, encode("Yes, but")]
+    cut = [encode("Yes, but")] * 2
+    assert ppo.few_shot_answers(gpt, texts, codec, config) == [yes, yes, *cut, encode(" ")]
 
 
 @torch.no_grad()
