@@ -319,12 +319,14 @@ def with_weights(make: Callable, sizes: dict, found: dict, source: str | Path) -
 def token_logprobs(model: GPT, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log pi(token | all before) of every response token, and the entropy of pi there: (N,), (N,).
 
-    The (N, V) logits never exist: the head sees a chunk of rows at a time, and the backward pass
-    computes them anew. Entropy carries no gradient: InstructGPT has no entropy bonus.
+    The head sees a chunk of rows at a time. If there are several, the (N, V) logits never exist:
+    the backward pass computes them anew. Entropy has no gradient: InstructGPT has no entropy bonus.
     """
     hidden, tokens = model(batch)[batch.decided_at], batch.tokens[batch.decided_at + 1]
     weight, chunks = model.head_weight, []
     n = rows_at_once(weight)
+    if len(tokens) <= n:  # the backward pass begins here, so that it has no need to compute anew
+        return head_logprobs(hidden, weight, tokens, temperature)
     for h, token in zip(hidden.split(n), tokens.split(n), strict=True):
         inputs = (h, weight, token, temperature)
         how = {"use_reentrant": False, "preserve_rng_state": False}
@@ -389,7 +391,7 @@ def precision_of(x: Tensor) -> torch.dtype:
 
 def rows_at_once(weight: Tensor) -> int:
     """Rows of logits per chunk: on a CPU they fit in its cache."""
-    return max(256, (2**27 if weight.is_cuda else 2**20) // len(weight))
+    return max(256, (2**27 if weight.is_cuda else 2**21) // len(weight))
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0) -> Tensor:
