@@ -2,6 +2,7 @@
 
     pip install -e '.[bench]' && taskset -c 0 python tests/bench.py        # about ten minutes
     taskset -c 0 python tests/bench.py --sizes S --tasks generate ppo      # parts of it
+    taskset -c 0 python tests/bench.py --tasks result          # from nothing to the result, 3 seeds
     python tests/bench.py --gpu                      # larger batches, in bfloat16, on a GPU
 
 Pairs run alternately in one process and one thread, trainers one after the other; a number is the
@@ -15,11 +16,13 @@ this yet.
 import argparse
 import copy
 import functools
+import json
 import multiprocessing
 import os
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -478,6 +481,75 @@ def bench_checkpoint(size: str, _: int) -> None:
     print(f"checkpoint {size}: {sizes}, {times}", flush=True)
 
 
+# ---- from nothing to the result
+
+
+def timed(script: str, *flags: str) -> tuple[float, float]:
+    """Seconds of the processor and of the wall that a stage takes, without what it prints."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, Path(__file__).parents[1] / script, *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return spent, time.perf_counter() - began
+
+
+def run_of(seed: int) -> tuple[list[float], dict[str, dict], dict[str, list]]:
+    """The front page's command, on development prompts: the processor's seconds of each stage, the
+    rows of the comparison, and the accuracies of the reward model."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = {"sft": "sft", "base": "base", "reward_model": "reward"}
+        flags = {flag: f"--{flag}={folder}/{name}" for flag, name in names.items()}
+        own = [f"--out={folder}/{stage}" for stage in ("sft", "reward", "ppo")]
+        seed_flag = f"--seed={seed}"
+        times = [
+            timed("sft.py", seed_flag, own[0], flags["base"]),
+            timed("reward.py", seed_flag, own[1], flags["sft"]),
+            timed("ppo.py", seed_flag, own[2], *flags.values(), "--split=dev"),
+        ]
+        rows = json.loads(Path(folder, "ppo", "results.json").read_text())["rows"]
+        report = json.loads(Path(folder, "reward", "report.json").read_text())
+    spent, walls = map(list, zip(*times, strict=True))
+    shown = " + ".join(f"{seconds:.0f}" for seconds in spent)
+    total, wall = sum(spent), sum(walls)
+    print(f"seed {seed}: {shown} = {total:.0f} s of the processor, {wall:.0f} s in all", flush=True)
+    return spent, {row["model"]: row for row in rows}, report["pairs"]
+
+
+def bench_result(seeds: list[int]) -> None:
+    """What the front page's command takes, and whether it still shows what the front page says."""
+    seconds, found, pairs = zip(*map(run_of, seeds), strict=True)
+    mean = statistics.mean
+
+    def each(model: str, key: str = "gold") -> list[float]:
+        return [rows[model][key] for rows in found]
+
+    def above(high: list[float], low: list[float], by: float = 0.0) -> bool:
+        return all(a > b + by for a, b in zip(high, low, strict=True))
+
+    def line(what: str, holds: bool, *numbers: list[float]) -> None:
+        shown = ", ".join(" / ".join(f"{x:.2f}" for x in values) for values in numbers)
+        print(f"{'holds' if holds else 'FAILS'}  {what}: {shown}")
+
+    base, prompted, sft, best, no_kl = map(each, ("base", "prompted", "sft", "ppo", "ppo_no_kl"))
+    line("base model: rubric at most 0.3", max(base) <= 0.3, base)
+    line("prompted: more than 1 above the base model", above(prompted, base, 1), prompted)
+    line("fine-tuned: above prompted", above(sft, prompted), sft)
+    line("PPO: more than 2 above fine-tuned", above(best, sft, 2), best)
+    line("PPO: at least 8.5 in the mean", mean(best) >= 8.5, best)
+    wins, kl = each("ppo", "win_rate"), each("ppo", "kl")
+    line("PPO: win rate at least 0.85 in the mean", mean(wins) >= 0.85, wins)
+    line("PPO: KL at most 4 nats in the mean", mean(kl) <= 4, kl)
+    score, no_kl_score = each("ppo", "score"), each("ppo_no_kl", "score")
+    line("no penalty: score above PPO's", above(no_kl_score, score), no_kl_score, score)
+    line("no penalty: rubric below fine-tuned", above(sft, no_kl), no_kl)
+    for flaw in ("wrong subject", "wrong mood"):
+        seen = [report[f"prefers a perfect response to: {flaw}"][0] for report in pairs]
+        line(f"reward model: sees a {flaw} in 0.97, in the mean", mean(seen) >= 0.97, seen)
+    stages = " + ".join(f"{mean(spent):.0f}" for spent in zip(*seconds, strict=True))
+    print(f"sft.py + reward.py + ppo.py: {stages} = {mean(map(sum, seconds)):.0f} s a seed")
+
+
 TASKS = {"generate": bench_generate, "sft": bench_sft, "ppo": bench_ppo}
 TASKS |= {"growth": bench_growth, "checkpoint": bench_checkpoint}
 
@@ -488,12 +560,15 @@ def main() -> None:
         "--sizes", nargs="+", choices=SIZES, default=["M", "L"] if GPU else ["S", "M"]
     )
     parser.add_argument("--gpu", action="store_true", help="on a GPU, in bfloat16")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["generate", "sft", "ppo"])
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "result"], default=[*TASKS][:3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of result")
     parser.add_argument("--repeats", type=int, default=0, help="default: 5 for S, else 1")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if "result" in args.tasks:
+        bench_result(args.seeds)
     for size in args.sizes:
-        for task in args.tasks:
+        for task in (task for task in args.tasks if task in TASKS):
             TASKS[task](size, args.repeats or (5 if size == "S" else 1))
 
 
