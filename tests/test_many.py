@@ -62,7 +62,8 @@ def one_sft():
 
 def one_reward():
     torch.manual_seed(1)
-    config = reward.Config(max_tokens=60 if many else 999, shard=shard, epochs=1)
+    flags = {{"epochs": 1, "batch_size": 4, "shard": shard}}
+    config = reward.Config(max_tokens=60 if many else 999, **flags)
     run = a_run("reward", config, ScalarModel(gpt))
     ranks = [[1, 2, 2], [1, 2, 3], [3, 3, 3], [2, 1, 3]]  # ties alone weigh nothing
     chosen = [reward.Comparison({{"ranks": r}}, pairs[i : i + 3]) for i, r in enumerate(ranks)]

@@ -60,6 +60,7 @@ def sft_config(out) -> sft.Config:
         lr=4e-3,
         epochs=2,
         batch_size=16,
+        held_out=0.03,
     )
 
 
@@ -86,6 +87,7 @@ def reward_config(out) -> reward.Config:
         comparisons=str(out / "comparisons.jsonl"),
         demonstrations=str(out / "demonstrations.jsonl"),
         epochs=2,
+        batch_size=4,
         lr=3e-3,
     )
 
@@ -103,6 +105,7 @@ def ppo_config(out) -> ppo.Config:
         iterations=8,
         batch_size=32,
         minibatch_size=16,
+        ppo_epochs=4,
         lr=2e-3,
         value_lr=2e-3,
         warmup=1,

@@ -315,7 +315,7 @@ def test_a_step_follows_the_gradient_however_it_is_cut(max_tokens, cuts, monkeyp
     before = [p.detach().clone() for p in weights]
 
     monkeypatch.setattr(ScalarModel, "score", lambda *x: count.append(x) or score(*x))
-    config = reward.Config(device="cpu", max_tokens=max_tokens, epochs=1)
+    config = reward.Config(device="cpu", max_tokens=max_tokens, epochs=1, batch_size=4)
     optimizer = torch.optim.SGD([{"params": weights, "peak_lr": 1.0}])
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     run = Run("reward", config, tmp_path, model.gpt.config, codec, optimizer, model=model)
