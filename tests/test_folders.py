@@ -205,7 +205,7 @@ def test_a_refused_resume_names_the_way_on(tmp_path):
     config = config_of(tmp_path / "out")
     train(config, 1)
     way = f"train it further: --init {tmp_path}/out --out NEW"
-    with pytest.raises(UserError, match=f"--iterations 50, not 60; .*, or {way}"):
+    with pytest.raises(UserError, match=f"--iterations {config.iterations}, not 60; .*, or {way}"):
         make_run(replace(config, iterations=60, resume=True))
     with pytest.raises(UserError, match="holds a run of ppo, not of sft"):
         make_run(replace(config, resume=True), stage="sft")
