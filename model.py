@@ -578,7 +578,7 @@ def clip_and_step(
     norms = [whole(nn.utils.get_total_norm(found)) for found in gradients]
     numbers = [torch.as_tensor(loss, device=norms[0].device), *norms]
     # here the CPU waits for the device, once in a step
-    loss, *numbers = torch.stack([x.double() for x in numbers]).tolist()
+    loss, *numbers = torch.stack([x.float() for x in numbers]).tolist()
     loss = sum(gather(loss))
     if not all(map(math.isfinite, (loss, *numbers))):
         for group in groups:

@@ -9,6 +9,7 @@ side: base, base with two examples in its prompt, fine-tuned, best of 16, PPO wi
     python ppo.py                              # train with and without the KL penalty, compare
     python ppo.py --kl_coef 0.6 --no-ablation  # a stronger penalty, and no second run
     python ppo.py --ptx_coef 1 --out out/ppo_ptx --no-ablation          # PPO-ptx
+    python ppo.py --preset rloo                # no value model: responses are compared with others
     python ppo.py --init out/ppo --reward_model out/reward2 --out out/ppo2  # iterate
     python ppo.py --compare out/ppo,out/ppo_ptx --out out/compare       # the comparison alone
     python ppo.py --prompts mine.jsonl         # {"prompt": ...} a line, the last held out
@@ -90,6 +91,9 @@ class Config(RunConfig):
     kl_horizon: Positive = 10000  # episodes in which kl_coef changes by a factor of at most e^0.2
     gamma: Share = 1.0  # discount per token
     lam: Share = 0.95  # GAE's lambda: 0 trusts the value model, 1 the observed returns
+    advantage: str = "gae"  # gae: from a value model; rloo, grpo: from --samples of each prompt
+    samples: Positive = 1  # responses to each prompt of a rollout; batch_size counts all of them
+    value_warmup: Count = 0  # first iterations, in which only the value model learns
     cliprange: Rate = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
     cliprange_value: Rate = 0.2  # likewise for the value model's change
     max_approx_kl: Rate = (
@@ -147,6 +151,40 @@ def gae(
     return result, result + values.detach()
 
 
+def rloo(rewards: Tensor, samples: int) -> Tensor:
+    """A_i = R_i - the mean R of the other responses to the same prompt: (B,) -> (B,).
+
+    REINFORCE leave-one-out (Ahmadian et al. 2024, section 3.3); `samples` adjacent responses belong
+    to a prompt, and R_i holds the KL penalty. Theirs is one update for each sample; here, the
+    advantage goes to every token of the response and into PPO's clipped loss.
+    """
+    groups = rewards.view(-1, samples)
+    others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
+    return (groups - others).flatten()
+
+
+def grpo(rewards: Tensor, samples: int) -> Tensor:
+    """A_i = (R_i - mean) / standard deviation over the responses to the same prompt: (B,) -> (B,).
+
+    Group-relative advantages (Shao et al. 2024, section 4.1.2), where the KL penalty is a term of
+    the loss and not of R. Theirs is a mean over responses of their means over tokens; here, as in
+    all losses of this file, it is the mean over all tokens.
+    """
+    groups = rewards.view(-1, samples)
+    return (
+        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)
+    ).flatten()
+
+
+def kl_k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """rho - 1 - log rho, rho = pi_other / pi: KL(pi, pi_other) per token (Schulman 2020): (N,).
+
+    Unbiased where the tokens were drawn from pi, and never negative; expm1 keeps small values.
+    """
+    log_ratio = other_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
 def adapt_kl_coef(
     kl_coef: float, kl: float, n_episodes: int, target: float, horizon: float
 ) -> float:
@@ -191,7 +229,7 @@ class Models:
     policy: GPT
     ref_policy: GPT
     reward_model: ScalarModel | RewardFunction
-    value_model: ScalarModel
+    value_model: ScalarModel | None  # none with --advantage rloo or grpo
     average: GPT | None  # the policy's moving average: evaluated, never sampled from in training
     codec: Codec
     documents: list[Pair]  # of PPO-ptx
@@ -203,12 +241,14 @@ class Models:
             raise UserError("--shard needs --value model: a head of the policy's own is whole")
         codec, policy = Codec.load(config.sft), GPT.load(config.init or config.sft)
         torch.manual_seed(processes.seed_of(config.seed, "head"))
-        if config.value == "head" or config.reward:
+        if config.advantage != "gae":
+            value_model = None
+        elif config.value == "head" or config.reward:
             value_model = ScalarModel(policy, shared=config.value == "head")
         else:
             value_model = ScalarModel.load(config.reward_model)
         networks = {"ref_policy": GPT.load(config.sft), "policy": policy}
-        networks["value_model"] = value_model
+        networks |= {"value_model": value_model} if value_model else {}
         networks |= {"average": copy.deepcopy(policy)} if config.ema_decay else {}
         networks = {name: to_device(m, config).eval() for name, m in networks.items()}
         texts = data.texts(config.texts, 4000, config.seed) if config.ptx_coef else []
@@ -216,7 +256,7 @@ class Models:
             reward_model=load_reward_model(config, codec),
             codec=codec,
             documents=documents(texts, codec, policy.config.block_size),
-            **({"average": None} | networks),
+            **({"value_model": None, "average": None} | networks),
         )
 
 
@@ -237,18 +277,19 @@ class Rollout:
     scores: Tensor  # (B,)
     old_logprobs: Tensor  # (N,), like all below
     ref_logprobs: Tensor
-    old_values: Tensor
+    old_values: Tensor | None  # none without a value model, like returns
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+    rewards: Tensor | None = None
 
     def select(self, chosen: list[int]) -> "Rollout":
         """The same about the chosen responses alone, in this order."""
         ends = self.lengths.cumsum(0).tolist()
         tokens = [t for b in chosen for t in range(ends[b] - int(self.lengths[b]), ends[b])]
 
-        def pick(x: list | Tensor) -> list | Tensor:
-            if isinstance(x, list):
-                return [x[b] for b in chosen]
+        def pick(x: list | Tensor | None) -> list | Tensor | None:
+            if x is None or isinstance(x, list):
+                return x and [x[b] for b in chosen]
             return x[chosen if len(x) == len(self.prompts) else tokens]
 
         return Rollout(**{field.name: pick(getattr(self, field.name)) for field in fields(self)})
@@ -275,7 +316,8 @@ def make_rollout(
     for batch in batches(mine, sampled, config):
         found["lengths"].append(batch.lengths)
         found["scores"].append(models.reward_model.score(batch))
-        found["old_values"].append(models.value_model.values(batch))
+        if models.value_model:
+            found["old_values"].append(models.value_model.values(batch))
         for name, model in (("old", models.policy), ("ref", models.ref_policy)):
             found[f"{name}_logprobs"].append(token_logprobs(model, batch, config.temperature)[0])
 
@@ -290,20 +332,31 @@ def make_rollout(
     if not math.isnan(config.missing_eos_score):
         known["scores"] = torch.where(ended == 1, known["scores"], config.missing_eos_score)
 
-    # 5. rewards
+    # 5. rewards; GRPO has the KL penalty in its loss
+    penalty = 0.0 if config.advantage == "grpo" else kl_coef
     lengths, logprobs, ref_logprobs = known["lengths"], known["old_logprobs"], known["ref_logprobs"]
-    rewards = kl_penalised_rewards(known["scores"], logprobs, ref_logprobs, lengths, kl_coef)
+    rewards = kl_penalised_rewards(known["scores"], logprobs, ref_logprobs, lengths, penalty)
 
     # 6. advantages and returns
-    advantages, returns = gae(rewards, known["old_values"], lengths, config.gamma, config.lam)
-    known |= {"ended": ended, "advantages": whiten(advantages), "returns": returns}
+    if config.advantage == "gae":
+        advantages, returns = gae(rewards, known["old_values"], lengths, config.gamma, config.lam)
+        known |= {"advantages": whiten(advantages), "returns": returns}
+    else:
+        sums = torch.stack([r.sum() for r in rewards.split(lengths.tolist())])
+        estimate = {"rloo": rloo, "grpo": grpo}[config.advantage]
+        advantages = estimate(sums, config.samples).repeat_interleave(lengths)
+        known |= {"advantages": advantages, "old_values": None, "returns": None}
+    known |= {"ended": ended, "rewards": rewards}
     return Rollout(prompts=prompts, responses=responses, **known)
 
 
 def update(
     models: Models, optimizer: Optimizer, rollout: Rollout, config: Config, lr: float, key: tuple
 ) -> dict[str, float]:
-    """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics."""
+    """ppo_epochs passes over the rollout in shuffled minibatches; returns the mean statistics.
+
+    The last part of the key is the iteration: in the first ones the policy may have to wait.
+    """
     stats: dict[str, list[Tensor | float]] = defaultdict(list)
     # Adam is scale-invariant, so a weight between losses that share no parameter hardly matters
     vf_coef = config.vf_coef if config.value == "head" else 1.0
@@ -316,23 +369,28 @@ def update(
                 n = len(batch.decided_at)
                 logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
                 pg_loss = policy_loss(logprobs, old.old_logprobs, old.advantages, config.cliprange)
-                (pg_loss * (n / total)).backward()  # frees the policy's graph before the value pass
-                values = models.value_model.values(batch)
-                vf_loss = value_loss(values, old.old_values, old.returns, config.cliprange_value)
-                (vf_coef * vf_loss * (n / total)).backward()
+                if config.advantage == "grpo":
+                    pg_loss = pg_loss + config.kl_coef * kl_k3(logprobs, old.ref_logprobs).mean()
+                if key[-1] >= config.value_warmup:
+                    (pg_loss * (n / total)).backward()  # frees the graph before the value pass
+                found = {"policy/loss": pg_loss, "policy/entropy": entropy.mean()}
+                if models.value_model:
+                    values, clip = models.value_model.values(batch), config.cliprange_value
+                    vf_loss = value_loss(values, old.old_values, old.returns, clip)
+                    (vf_coef * vf_loss * (n / total)).backward()
+                    found["value/loss"] = vf_loss
                 if n:  # a sharded pass may be empty
-                    loss += (pg_loss + vf_coef * vf_loss).detach().double() * n / total
-                    found = {"policy/loss": pg_loss, "value/loss": vf_loss}
+                    loss += (pg_loss + vf_coef * found.get("value/loss", 0)).detach() * n / total
                     found |= ratio_statistics(logprobs, old.old_logprobs, config.cliprange)
-                    for name, x in (found | {"policy/entropy": entropy.mean()}).items():
+                    for name, x in found.items():
                         stats[name].append(x.detach())
             if config.ptx_coef:
                 n = math.ceil(config.ptx_ratio * len(chosen))
                 drawn = shuffled(models.documents, *key, epoch, i, "ptx")[:n]
                 stats["ptx/loss"] += add_ptx_gradient(models.policy, drawn, config)
             _, norms = clip_and_step(optimizer, loss, lr)
-            stats["grad_norm"].append(norms[0])
-            stats["value/grad_norm"].append(norms[1])
+            for name, norm in zip(("grad_norm", "value/grad_norm"), norms, strict=False):
+                stats[name].append(norm)
             if config.max_approx_kl:
                 latest = {"approx_kl": stats["policy/approx_kl"][-1:]}
                 if mean_across_ranks(latest)["approx_kl"] > config.max_approx_kl:
@@ -342,12 +400,11 @@ def update(
 
 @torch.no_grad()
 def ratio_statistics(logprobs: Tensor, old_logprobs: Tensor, cliprange: float) -> dict[str, Tensor]:
-    """The k3 estimate of KL(old, new) (Schulman 2020), and the share of ratios that are clipped."""
-    log_ratio = logprobs - old_logprobs
-    ratio = log_ratio.exp()
+    """KL(old, new), and the share of ratios that are clipped."""
+    change = (logprobs - old_logprobs).expm1()
     return {
-        "policy/approx_kl": (ratio - 1 - log_ratio).mean(),
-        "policy/clipfrac": ((ratio - 1).abs() > cliprange).float().mean(),
+        "policy/approx_kl": kl_k3(old_logprobs, logprobs).mean(),
+        "policy/clipfrac": (change.abs() > cliprange).float().mean(),
     }
 
 
@@ -384,18 +441,21 @@ def update_average(average: GPT, policy: GPT, decay: float) -> None:
 
 def train(config: Config) -> dict[str, GPT]:
     """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
-    if config.batch_size < processes.rank_and_world()[1]:
-        raise UserError(f"--batch_size {config.batch_size} is less than a prompt for each process")
     if not config.reward and not config.trust:
         check_reward_model(config.reward_model)
     models = Models.load(config)
     policy, value_model, codec = models.policy, models.value_model, models.codec
-    value_part = value_model.head if config.value == "head" else value_model
-    optimizer = adam([(policy, config.lr), (value_part, config.value_lr)])
-    modules = {"model": policy, "value_model": value_model}
+    modules, learners = {"model": policy}, [(policy, config.lr)]
+    if value_model:
+        modules["value_model"] = value_model
+        part = value_model.head if config.value == "head" else value_model
+        learners.append((part, config.value_lr))
     modules |= {"average": models.average} if models.average else {}
+    optimizer = adam(learners)
     B, n, world = config.batch_size, config.eval_prompts, data.rubric(config.prompts)
-    texts = data.prompts(config.prompts, config.iterations * B, config.seed + 1, held_out=n)
+    texts = data.prompts(
+        config.prompts, config.iterations * B // config.samples, config.seed + 1, held_out=n
+    )
     room = policy.config.block_size - config.max_new_tokens
     questions = [(text, codec.prompt(text, room)) for text in texts]
     claim(config.out, config.resume)
@@ -404,7 +464,8 @@ def train(config: Config) -> dict[str, GPT]:
     kl_coef = run.extra.setdefault("kl_coef", config.kl_coef)
     for step in run.steps(config.iterations):
         start, key = time.time(), (config.seed, "ppo", step)
-        chosen = [questions[i % len(questions)] for i in range(step * B, (step + 1) * B)]
+        places = [i // config.samples for i in range(step * B, (step + 1) * B)]
+        chosen = [questions[i % len(questions)] for i in places]
         asked, prompts = map(list, zip(*chosen, strict=True))
         rollout = make_rollout(models, prompts, config, kl_coef, generator(*rank_key(*key)))
         lr = lr_schedule(step, config.iterations, config.warmup)
@@ -416,19 +477,57 @@ def train(config: Config) -> dict[str, GPT]:
         if config.kl_target:
             kl, target, horizon = metrics["objective/kl"], config.kl_target, config.kl_horizon
             kl_coef = run.extra["kl_coef"] = adapt_kl_coef(kl_coef, kl, B, target, horizon)
-        metrics["tokens_per_second"] = len(rollout.returns) / (time.time() - start)
+        metrics["tokens_per_second"] = len(rollout.rewards) / (time.time() - start)
         answers = [codec.text(tokens) for tokens in rollout.responses]
         if world:  # the hidden rubric: for the reader, no model sees it
             gold = [world.gold(*pair) for pair in zip(asked, answers, strict=True)]
             metrics["objective/gold"] = sum(gold) / len(gold)
         run.log(metrics, shown=[f"objective/{x}" for x in ("score", "gold", "kl", "length")])
         if step % 10 == 0 or step == config.iterations - 1:
-            for text, answer, score in zip(asked[:3], answers, rollout.scores, strict=False):
-                run.sample(f"[step {step}, score {score:+.2f}] {text}", answer)
+            for b in range(0, min(3 * config.samples, B), config.samples):
+                score = f"[step {step}, score {rollout.scores[b]:+.2f}]"
+                run.sample(f"{score} {asked[b]}", answers[b])
+            run.sample(*token_by_token(models, rollout, config))
     policies = {run.folder.name: policy}
     if models.average:
         policies[f"{run.folder.name}_ema"] = models.average
     return {name: sampling_copy(model, torch.float32) for name, model in policies.items()}
+
+
+@torch.no_grad()
+def token_by_token(models: Models, rollout: Rollout, config: Config) -> list[str]:
+    """A table of all numbers about the first response, a line per token, after the update."""
+    batch, own = next(rollout.micro_batches([0], config))
+    logprobs, _ = token_logprobs(models.policy, batch, config.temperature)
+    columns = {"logprob": own.old_logprobs, "ref": own.ref_logprobs}
+    columns |= {"kl": own.old_logprobs - own.ref_logprobs, "reward": own.rewards}
+    columns |= {"value": own.old_values, "advantage": own.advantages, "return": own.returns}
+    columns |= {"ratio": (logprobs - own.old_logprobs).exp()}  # of the new policy to the old one
+    known = {name: x.tolist() for name, x in columns.items() if x is not None}
+    tokens = [repr(models.codec.tokenizer.decode([t])) for t in own.responses[0]]
+    return report.token_table(tokens, known)
+
+
+def check_settings(config: Config) -> None:
+    """UserError for a value that is unknown, or that contradicts another one."""
+    for name, choices in CHOICES.items():
+        if (value := getattr(config, name)) not in choices:
+            raise UserError(f"--{name} {value} is unknown; choose from {', '.join(choices)}")
+    if config.kl_target and (config.advantage == "grpo" or not config.kl_coef):
+        raise UserError(
+            "--kl_target adapts the penalty in the rewards: not 0 at first, not of grpo"
+        )
+    if config.batch_size < processes.rank_and_world()[1] * config.samples:
+        raise UserError(f"--batch_size {config.batch_size} is less than a prompt for each process")
+    if config.batch_size % config.samples:
+        raise UserError(f"--batch_size {config.batch_size} is no multiple of --samples")
+    if config.advantage != "gae" and config.samples < 2:
+        raise UserError(f"--advantage {config.advantage} needs --samples 2 or more")
+    if config.value_warmup and (config.advantage != "gae" or config.value == "head"):
+        raise UserError("--value_warmup needs a value model of its own: --value model")
+    for without, names in UNUSED.items():
+        if not getattr(config, without):
+            name_unused(config, f"without --{without}", *names)
 
 
 def check_reward_model(folder: str) -> None:
@@ -452,16 +551,18 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     log_ratio = rollout.ref_logprobs - rollout.old_logprobs
     B, score, returns = len(rollout.prompts), rollout.scores.mean(), rollout.returns
     kl = -log_ratio.sum() / B  # k1: unbiased, and what the reward holds
-    unexplained = (returns - rollout.old_values).var() / returns.var()
+    k3 = kl_k3(rollout.old_logprobs, rollout.ref_logprobs).sum() / B
     found = {
         "objective/score": score,
         "objective/kl": kl,
-        "objective/kl_k3": (log_ratio.expm1() - log_ratio).sum() / B,  # unbiased, never negative
+        "objective/kl_k3": k3,
         "objective/reward": score - kl_coef * kl,
         "objective/length": rollout.lengths.float().mean(),
         "objective/eos_rate": rollout.ended.mean(),
-        "value/explained_variance": 1 - unexplained,
     }
+    if returns is not None:
+        unexplained = (returns - rollout.old_values).var() / returns.var()
+        found["value/explained_variance"] = 1 - unexplained
     return {name: value.item() for name, value in found.items()}
 
 
@@ -469,7 +570,12 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
-CHOICES = {"value": ("model", "head"), "judge": ("gold", "human"), "split": ("test", "dev")}
+CHOICES = {
+    "advantage": ("gae", "rloo", "grpo"),
+    "value": ("model", "head"),
+    "judge": ("gold", "human"),
+    "split": ("test", "dev"),
+}
 UNUSED = {"ptx_coef": ("texts",), "kl_target": ("kl_horizon",), "reward": ("reward_retries",)}
 Tokens = list[list[int]]
 
@@ -599,14 +705,7 @@ def load_policies(config: Config) -> dict[str, GPT]:
 @program
 def main(config: Config) -> dict:
     started = time.time()
-    for name, choices in CHOICES.items():
-        if (value := getattr(config, name)) not in choices:
-            raise UserError(f"--{name} {value} is unknown; choose from {', '.join(choices)}")
-    if config.kl_target and not config.kl_coef:
-        raise UserError("--kl_target adapts --kl_coef, which may not start at 0")
-    for without, names in UNUSED.items():
-        if not getattr(config, without):
-            name_unused(config, f"without --{without}", *names)
+    check_settings(config)
     load_base(config, Codec.load(config.sft))  # what does not fit fails before the training
     if config.compare:
         policies = load_policies(config)

@@ -180,7 +180,7 @@ def train(run: Run, comparisons: Comparisons) -> None:
             weight = sum(c.decides for c in own) / total  # the mean over all prompts results
             loss = ranking_loss(scores, ranks, counts) * weight
             loss.backward()
-            loss_sum += loss.detach().double()
+            loss_sum += loss.detach()
         lr = lr_schedule(step, steps, warmup=steps // 20)
         loss, (norm,) = clip_and_step(run.optimizer, loss_sum, lr)
         run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})

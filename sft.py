@@ -126,7 +126,7 @@ def train(
             n = len(batch.decided_at)
             loss = sft_loss(model, batch) * (n / total)  # their sum is the mean over all tokens
             loss.backward()
-            loss_sum += loss.detach().double() if n else 0.0
+            loss_sum += loss.detach() if n else 0.0
         lr = lr_schedule(step, steps, warmup=steps // 50)
         loss, (norm,) = clip_and_step(run.optimizer, loss_sum, lr)
         run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})
@@ -145,8 +145,10 @@ def mean_loss(model: GPT, pairs: Pairs, config: RunConfig) -> float:
     """Nats per response token, in eval mode."""
     model.eval()
     found = batches(*columns(pairs), config)
-    losses = [sft_loss(model, batch).double() * len(batch.decided_at) for batch in found]
-    return float(sum(losses)) / sum(len(response) for _, response in pairs)
+    parts = list(batches(*columns(pairs), config))
+    losses = torch.stack([sft_loss(model, batch) for batch in parts]).tolist()
+    sums = [loss * len(batch.decided_at) for loss, batch in zip(losses, parts, strict=True)]
+    return sum(sums) / sum(len(response) for _, response in pairs)
 
 
 def answer(run: Run, prompts: list[list[int]], *key: int | str) -> list[list[int]]:

@@ -45,6 +45,8 @@ PPO = {
         "max_new_tokens": 53,
         "ema_decay": 0.0,
     },
+    "rloo": {"advantage": "rloo", "samples": 4, "out": "out/rloo", "ablation": False},
+    "grpo": {"advantage": "grpo", "samples": 4, "out": "out/grpo", "ablation": False},
     "sentiment": {  # launch.py, a million episodes
         "iterations": 1953,
         "batch_size": 512,

@@ -124,6 +124,15 @@ def finish(
     print(f"wrote {config.out}: results.json, comparison.txt")
 
 
+def token_table(tokens: list[str], columns: dict[str, list[float]]) -> list[str]:
+    """A line for each token, and above them the names of the columns."""
+    width = max(map(len, tokens))
+    lines = ["token".ljust(width) + "".join(f"{name:>10}" for name in columns)]
+    for token, *numbers in zip(tokens, *columns.values(), strict=True):
+        lines.append(token.ljust(width) + "".join(f"{x:10.3f}" for x in numbers))
+    return lines
+
+
 def print_table(rows: list[dict]) -> None:
     """One line per model, of at most 100 columns; then a table of the rubric's parts."""
     parts = {k: k[5:] for k in rows[0] if k.startswith("gold/") and not k.endswith("_ci")}
