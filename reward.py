@@ -7,6 +7,7 @@ network with a scalar head in place of the vocabulary learns to score the better
     python reward.py --labeler human            # sample, rank them yourself
     python reward.py --comparisons mine.jsonl   # {"prompt": …, "responses": […], "ranks": […]}
     python reward.py --score mine.jsonl --out scores.jsonl       # score responses, train nothing
+    python reward.py --preset dpo               # a policy from the same comparisons: DPO, no PPO
     python reward.py --policy out/ppo --merge out/reward/comparisons.jsonl --out out/reward2
 
 The last one is the next round of the paper's loop: the policy's own responses are ranked, and a new
@@ -32,7 +33,18 @@ from data.processes import batch_at, gather, generator, my_share, seed_of, send,
 from data.records import UserError, hold_out, load_comparisons, pair_accuracy
 from data.run import Free, Input, Positive, Rate, Run, RunConfig, command, name_unused, program
 from data.tokenizer import Codec, Pairs, fitting
-from model import GPT, ScalarModel, adam, clip_and_step, generate, grouped, lr_schedule, to_device
+from model import (
+    GPT,
+    Batch,
+    ScalarModel,
+    adam,
+    clip_and_step,
+    generate,
+    grouped,
+    lr_schedule,
+    to_device,
+    token_logprobs,
+)
 
 
 @dataclass
@@ -55,6 +67,8 @@ class Config(RunConfig):
     score: Free[str] = ""  # .jsonl of responses: write them with "scores" to --out, train nothing
     reward_model: Free[str] = "out/reward"  # folder of the model that --score takes
     # the training
+    objective: str = "reward"  # reward: a reward model; dpo: a policy whose log-ratios are rewards
+    beta: Rate = 0.1  # of DPO: what a nat from the fine-tuned model weighs
     demonstrations: Input = ""  # .jsonl whose mean score becomes 0; default: toy, or the best
     epochs: Positive = 2  # passes over the comparisons (InstructGPT: 1)
     batch_size: Positive = 2  # prompts a step, with all their responses
@@ -75,6 +89,28 @@ def ranking_loss(scores: Tensor, ranks: Tensor, counts: list[int]) -> Tensor:
             better = tuple(send(i, r.device) for i in better)
             losses.append(-F.logsigmoid(r[:, None] - r[None, :])[better].mean())
     return torch.stack(losses).mean() if losses else 0 * scores.sum()
+
+
+class ImplicitReward(nn.Module):
+    """r = beta sum_t (log pi(a_t) - log pi_ref(a_t)), for which pi is the optimal policy: (B,).
+
+    DPO (Rafailov et al. 2023, equation 7) is ranking_loss of these scores with K = 2; with more
+    responses, a prompt's pairs share its weight, and ties make no pair, as for a reward model.
+    """
+
+    def __init__(self, policy: GPT, ref_policy: GPT, beta: float):
+        super().__init__()
+        self.gpt, self.ref_policy, self.beta = policy, ref_policy.eval(), beta
+
+    def score(self, batch: Batch) -> Tensor:
+        logprobs, _ = token_logprobs(self.gpt, batch)
+        with torch.no_grad():
+            ref_logprobs, _ = token_logprobs(self.ref_policy, batch)
+        parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
+        return self.beta * torch.stack([part.sum() for part in parts])
+
+
+Scorer = ScalarModel | ImplicitReward
 
 
 def collect(config: Config) -> list[dict]:
@@ -148,7 +184,7 @@ def tokenised(rows: list[dict], codec: Codec, block_size: int) -> Comparisons:
 
 
 @torch.no_grad()
-def score_all(model: ScalarModel, comparisons: Comparisons, config: Config) -> list[list[float]]:
+def score_all(model: Scorer, comparisons: Comparisons, config: Config) -> list[list[float]]:
     """The score of every response, by prompt."""
     parts = grouped([c.pairs for c in comparisons], config)
     scores = iter([score for _, batch in parts for score in model.score(batch).tolist()])
@@ -166,9 +202,9 @@ def start_from_cue(gpt: GPT, codec: Codec, cue: str) -> None:
         gpt.head_weight[codec.eos] = gpt.head_weight[tokens[-1]]  # tied to the embedding
 
 
-def train(run: Run, comparisons: Comparisons) -> None:
+def train(run: Run, model: Scorer, comparisons: Comparisons) -> None:
     """Minimises the ranking loss over all comparisons."""
-    config, model = run.config, run.modules["model"]
+    config = run.config
     steps = config.epochs * steps_per_epoch(comparisons, config.batch_size)
     for step in run.steps(steps):
         chosen = batch_at(step, comparisons, config.batch_size, config.seed, "reward")
@@ -208,7 +244,7 @@ def own_world(config: Config) -> ModuleType | None:
     return data.rubric(config.prompts) if simulated else None
 
 
-def measure(model: ScalarModel, training: Comparisons, held_out: Comparisons, run: Run) -> dict:
+def measure(model: Scorer, training: Comparisons, held_out: Comparisons, run: Run) -> dict:
     """What report.json holds: how often several scores order held-out pairs as the labeler did."""
     rows = [c.record for c in held_out]
     ranks = [row["ranks"] for row in rows]
@@ -285,6 +321,8 @@ def score_file(config: Config) -> dict:
 def main(config: Config) -> dict:
     if config.score:
         return score_file(config)
+    if config.objective not in ("reward", "dpo"):
+        raise UserError(f"--objective {config.objective} is unknown; choose reward or dpo")
     keep_apart(config, {"out": config.out})
     if config.comparisons:
         sampling = ("policy", "prompts", "toy_prompts", "responses", "temperature", "noise")
@@ -295,16 +333,22 @@ def main(config: Config) -> dict:
     held_out, training = hold_out(comparisons, config.held_out, lambda c: c.record["prompt"])
     if not any(c.decides for c in training):
         raise UserError("no response is better than another: ties alone teach nothing")
-    start_from_cue(gpt, codec, config.cue)
     torch.manual_seed(seed_of(config.seed, "head"))
-    model = to_device(ScalarModel(gpt), config)
-    optimizer = adam([(model, config.lr)])
+    if config.objective == "dpo":
+        reference = to_device(GPT.load(config.init or config.sft), config)
+        learner = to_device(gpt, config)
+        model = ImplicitReward(learner, reference, config.beta)
+    else:
+        start_from_cue(gpt, codec, config.cue)
+        model = learner = to_device(ScalarModel(gpt), config)
+    optimizer = adam([(learner, config.lr)])
     if config.comparisons:
         claim(config.out, config.resume)
     read = {} if config.comparisons else {"comparisons": f"{config.out}/comparisons.jsonl"}
-    run = Run("reward", config, config.out, gpt.config, codec, optimizer, read, model=model)
-    train(run, training)
-    if "accuracy" not in run.metrics[-1]:  # it was not centered before
+    stage = config.objective
+    run = Run(stage, config, config.out, gpt.config, codec, optimizer, read, model=learner)
+    train(run, model, training)
+    if stage == "reward" and "accuracy" not in run.metrics[-1]:  # it was not centered before
         center(model, training, codec, config)
     found = measure(model, training, held_out, run)
     accuracy, accuracy_ci, _ = found["pairs"]["reward model, held-out comparisons"]
@@ -315,7 +359,8 @@ def main(config: Config) -> dict:
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
-    print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python ppo.py")
+    command = f"ppo.py --compare {config.out}" if stage == "dpo" else "ppo.py"
+    print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {command}")
     return run.metrics[-1]
 
 

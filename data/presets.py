@@ -15,6 +15,12 @@ SFT = {
     "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
 }
 REWARD = {  # C.2, with K = 4 to 9, and Huang et al. 2024
+    "dpo": {
+        "objective": "dpo",
+        "comparisons": "out/reward/comparisons.jsonl",
+        "out": "out/dpo",
+        "lr": 3e-4,
+    },
     "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6, "cue": ""},
     "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6, "cue": ""},
 }

@@ -162,6 +162,7 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
 INSTEAD = {  # of resuming a run with other settings
     "base": "fine-tune it as it is: --init {}",
     "sft": "train it further: --init {} --out NEW",
+    "dpo": "train it further: --init {} --out NEW",
     "ppo": "train it further: --init {} --out NEW",
 }
 FORMAT = 2  # of checkpoint.pt
@@ -178,8 +179,8 @@ def load_checkpoint(folder: str | Path) -> dict:
     if not path.exists():
         if any(path.parent.glob("*model*")):
             raise UserError(f"{folder} holds another program's model; expected a stage's folder")
-        makers = {"base": "sft", "sft": "sft", "reward": "reward"}  # out/reward2: reward.py as well
-        stage = makers.get(path.parent.name.rstrip("0123456789"), "ppo")
+        makers = {"base": "sft", "sft": "sft", "reward": "reward", "dpo": "reward"}
+        stage = makers.get(path.parent.name.rstrip("0123456789"), "ppo")  # of out/reward2 as well
         raise FileNotFoundError(f"{path} does not exist; `python {stage}.py` makes it")
     saved = found if isinstance(found := unpickle(path), dict) else {}
     version = str(saved.get("format", 1))  # as text, since it may be a tensor
