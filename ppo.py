@@ -520,7 +520,9 @@ def check_settings(config: Config) -> None:
     if config.batch_size < processes.rank_and_world()[1] * config.samples:
         raise UserError(f"--batch_size {config.batch_size} is less than a prompt for each process")
     if config.batch_size % config.samples:
-        raise UserError(f"--batch_size {config.batch_size} is no multiple of --samples")
+        raise UserError(
+            f"--batch_size {config.batch_size} is no multiple of --samples {config.samples}"
+        )
     if config.advantage != "gae" and config.samples < 2:
         raise UserError(f"--advantage {config.advantage} needs --samples 2 or more")
     if config.value_warmup and (config.advantage != "gae" or config.value == "head"):

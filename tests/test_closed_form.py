@@ -1,7 +1,9 @@
 """PPO, run as a user runs it, finds the optimum that is known in closed form.
 
 For responses of one token, the policy that maximises E[r] - beta · KL(pi, pi_ref) is
-pi*(a) = pi_ref(a) · exp(r(a) / beta) / Z (Ziegler et al. 2019, section 2).
+pi*(a) = pi_ref(a) · exp(r(a) / beta) / Z (Ziegler et al. 2019, section 2). RLOO has the same one.
+GRPO divides the reward by its standard deviation, so that its optimum is the pi* of which the
+deviation belongs to itself.
 """
 
 import math
@@ -15,7 +17,7 @@ from data.run import Run
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, adam, pack
 
-BETA = 0.5
+BETA = {"gae": 0.5, "rloo": 0.5, "grpo": 1.2}
 REWARDS = {"A": 0.0, "B": 1.0, "C": -1.0, "D": 0.5, "E": 0.3, "F": -0.4}
 REFERENCE = {"A": 0.35, "B": 0.05, "C": 0.2, "D": 0.15, "E": 0.15, "F": 0.1}
 SOURCE = f"def score(texts, prompts):\n    return [{REWARDS}.get(text, -1.0) for text in texts]\n"
@@ -42,8 +44,21 @@ def probabilities(gpt: GPT, codec: Codec) -> torch.Tensor:
     return p[[codec.response(letter)[0] for letter in REWARDS]]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ppo_reaches_the_optimum(seed, tmp_path):
+def optimum(before: torch.Tensor, advantage: str) -> torch.Tensor:
+    rewards, deviation = torch.tensor(list(REWARDS.values())), torch.tensor(1.0)
+    for _ in range(100):
+        best = before * (rewards / deviation / BETA[advantage]).exp()
+        best /= best.sum()
+        if advantage == "grpo":
+            mean = (best * rewards).sum()
+            deviation = (best * (rewards - mean) ** 2).sum().sqrt()
+    return best
+
+
+@pytest.mark.parametrize(
+    "advantage, seed", [("gae", 0), ("gae", 1), ("gae", 2), ("rloo", 0), ("grpo", 0)]
+)
+def test_ppo_reaches_the_optimum(advantage, seed, tmp_path):
     codec = Codec(get_tokenizer("toy"), "{prompt}")
     gpt = reference_model(codec)
     optimizer = adam([(gpt, 0.0)])
@@ -66,14 +81,15 @@ def test_ppo_reaches_the_optimum(seed, tmp_path):
         ppo_epochs=2,
         lr=3e-3,
         value_lr=3e-3,
-        kl_coef=BETA,
+        kl_coef=BETA[advantage],
+        advantage=advantage,
+        samples=1 if advantage == "gae" else 64,
         eval_prompts=10,
         ablation=False,
     )
     ppo.main(config)
 
     before, after = (probabilities(GPT.load(tmp_path / f), codec) for f in ("sft", "ppo"))
-    optimum = before * (torch.tensor(list(REWARDS.values())) / BETA).exp()
-    optimum /= optimum.sum()
-    assert abs(before - optimum).sum() / 2 > 0.3  # total variation: there is a way to go
-    assert abs(after - optimum).sum() / 2 < 0.02
+    best = optimum(before, advantage)
+    assert abs(before - best).sum() / 2 > 0.3  # total variation: there is a way to go
+    assert abs(after - best).sum() / 2 < 0.02
