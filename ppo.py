@@ -722,6 +722,7 @@ def main(config: Config) -> dict:
         return {}
     alone = {"attention": "plain"} if world > 1 else {}
     rows = compare(replace(config, shard=False, **alone), policies, started)
+    print(f"curves: python -m data.plot {config.compare.replace(',', ' ') or config.out}")
     return {row["model"]: row for row in rows}
 
 

@@ -361,6 +361,7 @@ def main(config: Config) -> dict:
         run.sample(c.record["prompt"], *lines)
     command = f"ppo.py --compare {config.out}" if stage == "dpo" else "ppo.py"
     print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {command}")
+    print(f"curves: python -m data.plot {config.out}")
     return run.metrics[-1]
 
 

@@ -205,6 +205,7 @@ def main(config: Config) -> dict:
     for stage, last in metrics.items():
         print(f"{stage}: held-out loss {last['held_out_loss']:.3f} nats per token")
     print(f"wrote {config.out}, samples in {config.out}/samples.txt; next: python reward.py")
+    print(f"curves: python -m data.plot {config.out}")
     return metrics
 
 

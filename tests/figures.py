@@ -14,6 +14,8 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
+from data.plot import draw, read_metrics
+
 ROOT = Path(__file__).parents[1]
 GOLD, SCORE, GREY = "#c8890a", "#3465a4", "#888888"
 STORY = {
@@ -46,10 +48,11 @@ def pooled(seeds: list[dict[str, dict]], model: str, key: str) -> tuple[float, f
     return mean, sum(h * h for h in half_widths) ** 0.5 / len(found)
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: plt.Figure, name: str, tight: bool = True) -> None:
     path = ROOT / ".github" / f"{name}.svg"
     path.parent.mkdir(exist_ok=True)
-    figure.tight_layout()
+    if tight:
+        figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1024:.0f} kB")
 
@@ -122,22 +125,9 @@ def win_rates(seeds: list[dict[str, dict]]) -> None:
 
 def learning(folder: Path) -> None:
     """Every metric that PPO logs, with the penalty and without."""
-    runs = {}
-    for name in ("ppo", "ppo_no_kl"):
-        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-        runs[name] = [json.loads(line) for line in lines]
-    keys = [
-        key for key in runs["ppo"][0] if key not in ("step", "lr", "kl_coef", "tokens_per_second")
-    ]
-    figure, axes = plt.subplots(-(-len(keys) // 4), 4, figsize=(9, 1.6 * -(-len(keys) // 4)))
-    for axis, key in zip(axes.flat, keys, strict=False):
-        for name, colour in (("ppo", SCORE), ("ppo_no_kl", GOLD)):
-            axis.plot([step[key] for step in runs[name]], linewidth=1, color=colour)
-        axis.set_title(key, fontsize=8)
-    for axis in axes.flat[len(keys) :]:
-        axis.axis("off")
-    figure.legend(["with the KL penalty", "without"], loc="lower right", frameon=False)
-    save(figure, "learning")
+    named = {"with the KL penalty": "ppo", "without": "ppo_no_kl"}
+    figure = draw({title: read_metrics(folder / name) for title, name in named.items()})
+    save(figure, "learning", tight=False)
 
 
 def main() -> None:
