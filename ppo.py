@@ -477,7 +477,7 @@ def train(config: Config) -> dict[str, GPT]:
         if config.kl_target:
             kl, target, horizon = metrics["objective/kl"], config.kl_target, config.kl_horizon
             kl_coef = run.extra["kl_coef"] = adapt_kl_coef(kl_coef, kl, B, target, horizon)
-        metrics["tokens_per_second"] = len(rollout.rewards) / (time.time() - start)
+        metrics["tokens_per_second"] = len(rollout.advantages) / (time.time() - start)
         answers = [codec.text(tokens) for tokens in rollout.responses]
         if world:  # the hidden rubric: for the reader, no model sees it
             gold = [world.gold(*pair) for pair in zip(asked, answers, strict=True)]

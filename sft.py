@@ -144,7 +144,6 @@ def train(
 def mean_loss(model: GPT, pairs: Pairs, config: RunConfig) -> float:
     """Nats per response token, in eval mode."""
     model.eval()
-    found = batches(*columns(pairs), config)
     parts = list(batches(*columns(pairs), config))
     losses = torch.stack([sft_loss(model, batch) for batch in parts]).tolist()
     sums = [loss * len(batch.decided_at) for loss, batch in zip(losses, parts, strict=True)]
