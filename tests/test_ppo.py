@@ -297,6 +297,7 @@ def looped(tiny_base, monkeypatch, tmp_path):
     flags = {"reward": f"{tmp_path}/mine.py:size", "prompts": str(tmp_path / "prompts.jsonl")}
     flags |= {"iterations": 3, "batch_size": 3, "eval_prompts": 2, "max_new_tokens": 200, "lr": 0.5}
     flags |= {"kl_coef": 0.4, "kl_target": 2.0, "kl_horizon": 30, "warmup": 1, "ema_decay": 0.75}
+    monkeypatch.setattr(ppo, "token_by_token", lambda *_: ["table"])
     config = ppo.Config(sft=tiny_base, out=str(tmp_path / "ppo"), seed=5, device="cpu", **flags)
     given.codec, given.long, given.folder = Codec.load(tiny_base), long, tmp_path / "ppo"
     given.policies = ppo.train(config)
@@ -335,6 +336,7 @@ def test_the_rubric_and_the_speed_of_an_iteration_by_hand(tiny_base, monkeypatch
     rollout = replace(made_rollout(), responses=list(map(codec.response, given)))
     monkeypatch.setattr(ppo, "make_rollout", lambda models, prompts, *_: rollout)
     monkeypatch.setattr(ppo, "update", lambda *_: {})
+    monkeypatch.setattr(ppo, "token_by_token", lambda *_: [])
     monkeypatch.setattr(ppo, "time", SimpleNamespace(time=lambda: next(seconds)))
     flags = {"sft": tiny_base, "reward": f"{tmp_path}/mine.py:size", "iterations": 12}
     ppo.train(ppo.Config(batch_size=3, out=str(tmp_path / "ppo"), device="cpu", **flags))
@@ -367,8 +369,8 @@ def test_samples_are_of_the_first_and_the_last_iteration(looped):
     heads = [f"[step 0, score +2.00] {looped.long}", "[step 0, score -1.00] b"]
     heads += ["[step 0, score +0.50] c", "[step 2, score +2.00] b", "[step 2, score -1.00] c"]
     heads += ["[step 2, score +0.50] d"]
-    blocks = zip(heads, answers * 2, strict=True)
-    assert text == "".join(f"{head}\n{printable(answer)}\n\n" for head, answer in blocks)
+    blocks = [f"{h}\n{printable(a)}\n\n" for h, a in zip(heads, answers * 2, strict=True)]
+    assert text == "".join([*blocks[:3], "table\n\n", *blocks[3:], "table\n\n"])
 
 
 def test_every_iteration_draws_anew(tiny_base, monkeypatch, tmp_path):
@@ -1155,7 +1157,7 @@ def test_a_run_is_followed_by_one_without_the_penalty_and_the_comparison(stages,
         ppo, "compare", lambda c, p, began: compared.append((c, p)) or [{"model": "x", "y": 1}]
     )
     flags = {"kl_coef": 0.7, "kl_target": 3.0, "ema_decay": 0.5, "shard": True, "device": "cpu"}
-    config = ppo.Config(sft=stages["sft"], base="none", out="out/here", **flags)
+    config = ppo.Config(sft=stages["sft"], base="none", out="out/here", dtype="float32", **flags)
     assert ppo.main(config) == {"x": {"model": "x", "y": 1}}
     off = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
     assert trained == [config, replace(config, out="out/here_no_kl", **off)]

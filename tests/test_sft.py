@@ -226,7 +226,8 @@ def test_an_epoch_is_judged_when_it_ends(stage, judged, monkeypatch, tmp_path):
 def test_an_answer_fits_into_the_context_behind_its_cut_prompt(tmp_path):
     """At most 80 tokens, or half of a small context."""
     codec, gpt = Codec(get_tokenizer("toy"), "{prompt}"), tiny_gpt()
-    run = Run("sft", sft.Config(device="cpu"), tmp_path, gpt.config, codec, None, model=gpt)
+    own = (gpt.config, codec, adam([(gpt, 0.0)]))
+    run = Run("sft", sft.Config(device="cpu"), tmp_path, *own, model=gpt)
     answers = sft.answer(run, [[1] * 5 + [2] * 12, [3]], "here")
     assert [len(tokens) for tokens in answers] == [12, 12]  # of 24; end of text is not drawn
     assert answers == sft.answer(run, [[2] * 12, [3]], "here")
@@ -354,15 +355,15 @@ def test_a_prompt_is_on_one_side_of_the_split(tiny_base, monkeypatch, tmp_path):
     split = []
     monkeypatch.setattr(sft, "train", lambda run, *x: split.extend(x[:2]) or {"held_out_loss": 0.0})
     rows = [{"prompt": prompt, "response": "?"} for prompt in "abcdefghia"]
-    save_records(tmp_path / "rows.jsonl", rows)
-    sft.main(fine_tuning(tiny_base, tmp_path, demonstrations=str(tmp_path / "rows.jsonl")))
+    save_records(rows_file := tmp_path / "rows.jsonl", rows)
+    sft.main(fine_tuning(tiny_base, tmp_path / "out", demonstrations=str(rows_file)))
     codec = Codec.load(tiny_base)
     prompts = [sorted(codec.text(prompt).strip() for prompt, _ in pairs) for pairs in split]
     assert prompts == [["a", "a"], list("bcdefghi")]
     monkeypatch.undo()
-    save_records(tmp_path / "rows.jsonl", rows[:1])
+    save_records(rows_file, rows[:1])
     with pytest.raises(UserError, match="none is left to train on"):
-        sft.main(fine_tuning(tiny_base, tmp_path, demonstrations=str(tmp_path / "rows.jsonl")))
+        sft.main(fine_tuning(tiny_base, tmp_path / "out", demonstrations=str(rows_file)))
 
 
 def test_every_step_draws_a_dropout_of_its_own(tiny_base, monkeypatch, tmp_path):
