@@ -283,6 +283,9 @@ def test_calibration_by_hand():
     scores = [[0.0, math.log(3)], [1.0, 0.0], [5.0, 0.0]]
     found = report.calibration(scores, [[1, 2], [1, 2], [1, 1]])
     assert found == [(pytest.approx((0.75 + 0.73106) / 2, abs=1e-5), 0.5, 2)]
+    # .85 and .95 do not share one
+    found = report.calibration([[math.log(17 / 3), 0.0], [math.log(19), 0.0]], [[1, 2], [1, 2]])
+    assert [n for _, _, n in found] == [1, 1]
     # certainty is in the last tenth, and of three responses there are three pairs
     assert report.calibration([[99.0, 0.0, -99.0]], [[1, 2, 3]]) == [(1.0, 1.0, 3)]
     assert report.calibration([], []) == []
