@@ -248,7 +248,7 @@ class Run:
         places = folders.inputs(config, free=False) | dict(read)
         self.inputs = {name: folders.fingerprint(place) for name, place in places.items()}
         device, dtype = str(resolve_device(config.device)), resolve_dtype(config)
-        attention = getattr(modules["model"], "attention", "plain")
+        attention = getattr(modules.get("model"), "attention", "plain")
         self.resolved = {"device": device, "dtype": dtype, "attention": attention}
         self.resolved["processes"] = world
         if config.resume and (self.folder / "checkpoint.pt").exists():
