@@ -285,9 +285,9 @@ def test_attention_is_told_where_sequences_begin(monkeypatch):
     )
     batch = pack(PROMPTS, RESPONSES)
     tiny_gpt()(batch)
-    for cu_seqlens, longest, groups in told:
+    for cu_seqlens, longest, groups, fused in told:
         assert cu_seqlens is batch.cu_seqlens and longest == batch.longest
-        assert groups is batch.groups
+        assert groups is batch.groups and not fused
     assert len(told) == len(tiny_gpt().h)
 
 
