@@ -485,10 +485,10 @@ def bench_checkpoint(size: str, _: int) -> None:
 
 
 def timed(script: str, *flags: str) -> tuple[float, float]:
-    """Seconds of the processor and of the wall that a stage takes, without what it prints."""
+    """Seconds of the processor and of the wall that a stage takes; of its output only progress."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, Path(__file__).parents[1] / script, *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return spent, time.perf_counter() - began

@@ -26,7 +26,7 @@ FOLDERS = {  # flag: folder, for each script
     "ppo.py": {"base": "base", "sft": "sft", "reward_model": "reward"},
 }
 PTX_COEF = 1
-BETAS = (0.05, 0.1, 0.2, 0.8)  # for the first seed only: one figure shows them
+BETAS = (0.05, 0.1, 0.4, 0.8)  # for the first seed only: one figure shows them
 
 
 def stage(out: Path, script: str, folder: str, *switches: str, **flags: object) -> None:
