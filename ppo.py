@@ -79,14 +79,14 @@ class Config(RunConfig):
     trust: Free[bool] = False  # train even on a reward model that is not better than chance
     base: Free[Input] = "out/base"  # folder of the base model, for the comparison; or none
     prompts: Input = "toy"  # toy, or a .jsonl file of prompts
-    iterations: Count = 28  # rollouts, each followed by ppo_epochs passes over it
+    iterations: Count = 32  # rollouts, each followed by ppo_epochs passes over it
     batch_size: Positive = 64  # prompts in a rollout (InstructGPT: 512)
     minibatch_size: Positive = 16  # prompts in an optimiser step (InstructGPT: 64)
     ppo_epochs: Positive = 2  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
     lr: Rate = 1.2e-3  # peak learning rate of the policy
     value_lr: Rate = 2e-3  # peak learning rate of the value model
     warmup: Count = 4  # iterations until the learning rates peak; then cosine to a tenth
-    kl_coef: Rate = 0.3  # weight of the KL penalty (InstructGPT's beta, there 0.02)
+    kl_coef: Rate = 0.35  # weight of the KL penalty (InstructGPT's beta, there 0.02)
     kl_target: Rate = 0.0  # nats a response: adapt kl_coef to reach this KL; 0 leaves it fixed
     kl_horizon: Positive = 10000  # episodes in which kl_coef changes by a factor of at most e^0.2
     gamma: Share = 1.0  # discount per token

@@ -59,7 +59,7 @@ class Config(RunConfig):
     merge: Input = ""  # .jsonl of earlier comparisons to train on as well
     policy: Input = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: Input = "toy"  # what it answers: toy, or a .jsonl file of prompts
-    toy_prompts: Positive = 2200  # how many toy prompts
+    toy_prompts: Positive = 2100  # how many toy prompts
     responses: Annotated[int, 2, 1000] = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: Rate = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: Positive = 80  # longest response
