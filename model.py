@@ -25,17 +25,17 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import tiktoken
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from data import processes, weights
 from data.processes import gather, generator, move, rank_and_world, resolve_device, send
 from data.records import UserError, atomic, printable
 from data.run import Count, Positive, Rate, RunConfig, command, load_checkpoint, progress
 from data.tokenizer import Codec, Pairs, columns
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton

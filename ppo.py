@@ -25,10 +25,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-
 import data
 from data import processes, report
 from data.folders import claim, keep_apart
@@ -66,6 +62,10 @@ from model import (
     to_device,
     token_logprobs,
 )
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 
 @dataclass

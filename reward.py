@@ -21,10 +21,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 import data
 from data import labeler, processes, records, report
 from data.folders import claim, keep_apart
@@ -46,6 +42,10 @@ from model import (
     token_logprobs,
 )
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 
 @dataclass
 class Config(RunConfig):
@@ -59,7 +59,7 @@ class Config(RunConfig):
     merge: Input = ""  # .jsonl of earlier comparisons to train on as well
     policy: Input = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: Input = "toy"  # what it answers: toy, or a .jsonl file of prompts
-    toy_prompts: Positive = 2100  # how many toy prompts
+    toy_prompts: Positive = 2600  # how many toy prompts
     responses: Annotated[int, 2, 1000] = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: Rate = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: Positive = 80  # longest response

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 import data
 from data import processes
 from data.folders import claim, keep_apart
@@ -39,6 +37,8 @@ from model import (
     token_logprobs,
 )
 
+import torch
+
 
 @dataclass
 class Config(RunConfig):
@@ -54,7 +54,7 @@ class Config(RunConfig):
     block_size: Positive = 256  # the longest sequence
     # pretraining
     texts: Input = "toy"  # documents: toy, or .txt, a folder of .txt, or .jsonl with {"text": ...}
-    toy_texts: Positive = 12000  # how many toy documents
+    toy_texts: Positive = 14000  # how many toy documents
     pretrain_epochs: Positive = 1  # passes over the documents
     pretrain_batch_size: Positive = 8  # documents a step
     pretrain_lr: Rate = 6e-3  # peak learning rate

@@ -4,9 +4,16 @@ Here are the sources of text, each named by a flag: the toy world, or a file. No
 this file asks which of the two it is.
 """
 
+import os
 from types import ModuleType
 
 from data import records, toy
+
+# A thread of OpenMP that waits for the others spins, which takes the processor from them if the
+# machine is busy. These limits act only if torch is loaded after this file.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of libgomp, in rounds
+    os.environ.setdefault("KMP_BLOCKTIME", "1")  # of libomp, in milliseconds
 
 TOY = "toy"
 

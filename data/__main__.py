@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 
-import numpy as np
-
 from data import records
 from data.records import OTHER_FORMATS
 from data.tokenizer import Codec, get_tokenizer
+
+import numpy as np
 
 KINDS = {  # the key that gives a record away, most telling first; and the stage that takes it
     "comparisons": ("responses", "reward.py --labeler file --comparisons"),

@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from data.processes import gather, rank_and_world
 from data.records import UserError, remove_unfinished
+
+import torch
 
 try:
     import fcntl

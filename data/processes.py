@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.records import UserError
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, init_device_mesh
-
-from data.records import UserError
 
 FULL = dcp.StateDictOptions(full_state_dict=True)
 FULL_ON_CPU = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # for rank 0 alone

@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.records import UserError
+
 import torch
 from torch import Tensor
-
-from data.records import UserError
 
 MAY_PASS = re.compile("Connect|Timeout|URLError")  # in the name of an exception's class
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from data import labeler
 from data.folders import lock
 from data.records import atomic, printable, strict_json
+
+import torch
 
 # the columns of the comparison, and their titles in the printed table
 TITLES = {"gold": "rubric", "win_rate": "win rate", "human_win_rate": "by hand", "score": "score"}

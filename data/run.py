@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-import torch
-from tqdm import tqdm
-
 from data import folders, processes
 from data.processes import gather, rank_and_world, resolve_device
 from data.records import UserError, append, atomic, one_line_errors, printable, strict_json
 from data.weights import unpickle
+
+import torch
+from tqdm import tqdm
 
 Count = Annotated[int, 0, math.inf]  # the type of a field holds the bounds of its flag
 Positive = Annotated[int, 1, math.inf]

@@ -9,11 +9,11 @@ import pickle
 import re
 from pathlib import Path
 
+from data.records import UserError, atomic
+
 import numpy as np
 import torch
 from torch import Tensor
-
-from data.records import UserError, atomic
 
 DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 DTYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import tiktoken
-
 from data.records import UserError, atomic, load_texts, one_line_errors
+
+import tiktoken
 
 Pair = tuple[list[int], list[int]]  # tokens of a prompt and of its response
 Pairs = list[Pair]

@@ -4,11 +4,11 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-import tiktoken
-
 from data.records import UserError
 from data.tensors import read_json
 from data.tokenizer import END, PATTERN, build, format_ranks, get_tokenizer
+
+import tiktoken
 
 # What splits text into chunks that no token crosses in GPT-2 and in transformers' GPT2Tokenizer
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from tiktoken import Encoding
-from torch import Tensor
-
 from data.records import UserError, atomic, printable
 from data.tensors import by_our_names, read_json, read_tensors, unpickle, write_safetensors
 from data.tokenizer import END, get_tokenizer
 from data.vocabulary import FILES, hugging_face_files, read_tokenizer, with_padding
+
+import torch
+from tiktoken import Encoding
+from torch import Tensor
 
 PUBLISHED = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))  # SHA-256, if known
 PUBLISHED["gpt2"] = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"

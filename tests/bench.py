@@ -36,8 +36,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-
 import model as model_module  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
@@ -53,6 +51,8 @@ from model import (  # noqa: E402
     clip_and_step,
     generate,
 )
+
+import torch  # noqa: E402
 
 SIZES = {  # vocabulary, context, layers, heads, channels
     "S": (1024, 256, 4, 4, 128),

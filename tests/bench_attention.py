@@ -26,10 +26,10 @@ GPU = torch.cuda.is_available()
 if not GPU:  # before the kernels are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+import model  # noqa: E402
+
 import triton.testing  # noqa: E402
 from triton.runtime.errors import TritonError  # noqa: E402
-
-import model  # noqa: E402
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float16)
 CANNOT = (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError, TritonError)

@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+from data.plot import draw, read_metrics
+
 import matplotlib
 import matplotlib.pyplot as plt
-
-from data.plot import draw, read_metrics
 
 ROOT = Path(__file__).parents[1]
 GOLD, SCORE, GREY = "#c8890a", "#3465a4", "#888888"

@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 import data  # noqa: E402
 import ppo  # noqa: E402
 from data.processes import generator  # noqa: E402
 from data.run import command, load_checkpoint, program  # noqa: E402
 from data.tokenizer import Codec  # noqa: E402
 from model import GPT, ScalarModel, adam, batches, generate, pack, token_logprobs  # noqa: E402
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 PROMPTS = 16
 

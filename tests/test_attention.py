@@ -4,14 +4,14 @@ On a GPU the kernels run there; without one, in Triton's interpreter (see confte
 bf16 wrong: that type is tested on a GPU only.
 """
 
+import model
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-
-import model
 
 kernels = pytest.mark.skipif(model.triton is None, reason="needs Triton")
 GPU = torch.cuda.is_available()

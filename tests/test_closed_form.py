@@ -8,14 +8,14 @@ deviation belongs to itself.
 
 import math
 
-import pytest
-import torch
-
 import ppo
 from data.records import save_records
 from data.run import Run
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, adam, pack
+
+import pytest
+import torch
 
 BETA = {"gae": 0.5, "rloo": 0.5, "grpo": 1.2}
 REWARDS = {"A": 0.0, "B": 1.0, "C": -1.0, "D": 0.5, "E": 0.3, "F": -0.4}

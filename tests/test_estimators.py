@@ -3,10 +3,6 @@
 import math
 from dataclasses import replace
 
-import pytest
-import torch
-from torch import tensor
-
 import ppo
 import reward
 from data import report
@@ -16,6 +12,10 @@ from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, pack, token_logprobs
 from ppo import grpo, kl_k3, rloo
 from reward import ImplicitReward, ranking_loss
+
+import pytest
+import torch
+from torch import tensor
 
 
 def close(found, expected, tolerance=1e-6):

@@ -14,11 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-import numpy as np
-import pytest
-import torch
-from torch import nn
-
 import ppo
 import reward
 import sft
@@ -27,6 +22,11 @@ from data.folders import claim, fingerprint, keep_apart
 from data.records import UserError, one_line_errors, save_records
 from data.run import Run, load_checkpoint, program
 from model import GPTConfig
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 CODEC = SimpleNamespace(state_dict=lambda: {"tokenizer": {"name": "toy"}, "template": "{prompt}"})

@@ -8,11 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
-import fake_gpu as fake
-import pytest
-import torch
-from fake_gpu import fake_gpu
-
 import model as model_module
 import ppo
 import reward
@@ -22,6 +17,11 @@ from data.records import UserError
 from data.run import Run, RunConfig, command, load_checkpoint, program
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, generate, pack, to_device, token_logprobs
+
+import fake_gpu as fake
+import pytest
+import torch
+from fake_gpu import fake_gpu
 
 STAGES = ("base", "sft", "reward", "ppo")
 

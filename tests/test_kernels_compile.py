@@ -27,10 +27,10 @@ OTHERS = dict(cu_seqlens="*i32", lengths="*i64", lse="*fp32", delta="*fp32", S="
 
 def compile_kernels(arch: int, dtype: str, D: int) -> dict[str, dict[str, int]]:
     """{kernel: what inspect_machine_code says} for sm_{arch}."""
+    import model
+
     import triton
     from triton.backends.compiler import GPUTarget
-
-    import model
 
     found = {}
     for name in ("forward", "dq", "dkv", "decode"):

@@ -3,13 +3,13 @@
 import builtins
 import json
 
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from data import labeler
 from data.labeler import LETTERS, Person, parse_ranking
 from data.records import load_comparisons
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 ITEMS = [{"prompt": f"{i}?", "responses": [f"{i}.{j}" for j in range(3)]} for i in range(12)]
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import sft
 from data.records import UserError
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 UPDATE = """

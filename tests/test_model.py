@@ -12,13 +12,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import pytest
-import torch
-from fake_gpu import fake_gpu
-from torch import tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import model as model_module
 from data.folders import lock
 from data.processes import batch_at
@@ -46,6 +39,13 @@ from model import (
     to_device,
     token_logprobs,
 )
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import fake_gpu
+from torch import tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REFERENCE = Path(__file__).parents[2] / "shared/data/gpt2_reference/tiny_random_gpt2.npz"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

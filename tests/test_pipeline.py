@@ -16,13 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import get_args
 
-import kills
-import pytest
-import seeds
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 import ppo
 import reward
 import sft
@@ -32,6 +25,13 @@ from data.records import UserError, load_comparisons, load_demonstrations, save_
 from data.run import Run, command, load_checkpoint, parse
 from data.tokenizer import Codec
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step
+
+import kills
+import pytest
+import seeds
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,9 +4,9 @@ import json
 import re
 import sys
 
-import pytest
-
 from data import plot
+
+import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra `plot`")
 

@@ -10,10 +10,6 @@ from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch import tensor
-
 import data
 import ppo
 from data import toy
@@ -23,6 +19,10 @@ from data.run import Run
 from data.tokenizer import Codec, documents, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, generate, pack, token_logprobs
 from ppo import adapt_kl_coef, gae, kl_penalised_rewards, policy_loss, value_loss, whiten
+
+import pytest
+import torch
+from torch import tensor
 
 # Three responses of 3, 1 and 2 tokens, end to end.
 LENGTHS = tensor([3, 1, 2])

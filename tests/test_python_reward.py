@@ -3,12 +3,12 @@
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from data import python_reward
 from data.python_reward import RewardFunction
 from data.records import UserError
+
+import pytest
+import torch
 
 MINE = """
 import multiprocessing

@@ -7,12 +7,12 @@ import time
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
-import pytest
-import seeds
-
 from data import __main__ as checker
 from data import labeler, report, toy
 from data.records import UserError, save_records, strict_json
+
+import pytest
+import seeds
 
 GHOST = "Tell me a spooky story about a ghost."
 

@@ -6,11 +6,6 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch import tensor
-
 import data
 import reward
 from data import report, toy
@@ -20,6 +15,11 @@ from data.run import Run
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, pack
 from reward import ranking_loss
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import tensor
 
 EOS = 0
 

@@ -7,9 +7,6 @@ import signal
 import sys
 from dataclasses import asdict, replace
 
-import pytest
-import torch
-
 import ppo
 import sft
 from data import folders, records, run
@@ -17,6 +14,9 @@ from data.records import UserError
 from data.run import Run, RunConfig, command, load_checkpoint, parse, program, progress
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, adam
+
+import pytest
+import torch
 
 # ---- flags
 

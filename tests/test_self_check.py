@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import self_check
-import torch
-from self_check import Setup, verdicts
-
 import model as model_module
 import ppo
 from data.run import Run
 from data.tokenizer import Codec, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam
+
+import pytest
+import self_check
+import torch
+from self_check import Setup, verdicts
 
 
 def tiny_gpt(codec: Codec, seed: int = 0) -> GPT:

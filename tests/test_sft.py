@@ -4,10 +4,6 @@ import functools
 import math
 from pathlib import Path
 
-import pytest
-import torch
-from torch import tensor
-
 import sft
 from data import toy
 from data.processes import shuffled
@@ -16,6 +12,10 @@ from data.run import Run
 from data.tokenizer import Codec, Pair, documents, get_tokenizer
 from model import GPT, GPTConfig, ScalarModel, adam, clip_and_step, pack
 from sft import sft_loss
+
+import pytest
+import torch
+from torch import tensor
 
 EOS, TOY = 0, get_tokenizer("toy")
 PROMPTS = [[3, 5], [7], [1, EOS, 4, 4, 9]]

@@ -5,12 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-import requests
-import tiktoken
-from hypothesis import example, given
-from hypothesis import strategies as st
-
 from data import tokenizer, toy
 from data.records import UserError
 from data.tokenizer import (
@@ -26,6 +20,12 @@ from data.tokenizer import (
     train_bpe,
 )
 from data.vocabulary import merges_of
+
+import pytest
+import requests
+import tiktoken
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 ENCODING = get_tokenizer("toy")

@@ -8,10 +8,10 @@ import re
 from collections import Counter
 from random import Random
 
-import pytest
-
 from data import toy
 from data.labeler import rank
+
+import pytest
 
 GHOST = "Tell me a spooky story about a ghost."
 GOOSE = "Write a sad letter from the goose to the pirate."

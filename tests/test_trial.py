@@ -4,12 +4,12 @@ that is wrong falls back to plain attention with one line. In Triton's interpret
 from pathlib import Path
 from unittest import mock
 
-import pytest
-import torch
-
 import model
 from data import processes
 from data.processes import last_line
+
+import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(model.triton is None, reason="needs Triton")
 ROOT = Path(__file__).parents[1]

@@ -8,13 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import tensor
-
 import ppo
 import reward
 import sft
@@ -36,6 +29,13 @@ from model import (
     generate,
     pack,
 )
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
 
 library = pytest.importorskip("transformers")
 GPT2Config, GPT2LMHeadModel = library.GPT2Config, library.GPT2LMHeadModel
