@@ -171,9 +171,8 @@ def grpo(rewards: Tensor, samples: int) -> Tensor:
     all losses of this file, it is the mean over all tokens.
     """
     groups = rewards.view(-1, samples)
-    return (
-        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-8)
-    ).flatten()
+    mean, deviation = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+    return ((groups - mean) / (deviation + 1e-8)).flatten()
 
 
 def kl_k3(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:

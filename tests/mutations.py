@@ -68,7 +68,7 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
      "rewards.sum() - groups"),
     ("rloo_sign", ESTIMATORS, "ppo.py", "(groups - others)", "(others - groups)"),
     ("grpo_not_normalised", ESTIMATORS, "ppo.py",
-     " / (groups.std(1, keepdim=True) + 1e-8)", ""),
+     " / (deviation + 1e-8)", ""),
     ("grpo_biased_deviation", ESTIMATORS, "ppo.py", "groups.std(1, keepdim=True)",
      "groups.std(1, keepdim=True, unbiased=False)"),
     ("grpo_penalty_twice", ESTIMATORS, "ppo.py", 'penalty = 0.0 if config.advantage == "grpo" else',
