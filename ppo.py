@@ -166,9 +166,9 @@ def rloo(rewards: Tensor, samples: int) -> Tensor:
 def grpo(rewards: Tensor, samples: int) -> Tensor:
     """A_i = (R_i - mean) / standard deviation over the responses to the same prompt: (B,) -> (B,).
 
-    Group-relative advantages (Shao et al. 2024, section 4.1.2), where the KL penalty is a term of
-    the loss and not of R. Theirs is a mean over responses of their means over tokens; here, as in
-    all losses of this file, it is the mean over all tokens.
+    Group-relative advantages (Shao et al. 2024, section 4.1.2), where the KL penalty, kl_k3, is a
+    term of the loss and not of R; its gradient is that of KL(pi_ref, pi). Theirs is a mean over
+    responses of their means over tokens; here it is the mean over all tokens, as in all losses.
     """
     groups = rewards.view(-1, samples)
     mean, deviation = groups.mean(1, keepdim=True), groups.std(1, keepdim=True)

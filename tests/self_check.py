@@ -197,7 +197,7 @@ def a_step_moves_the_policy_alone(s: Setup) -> Verdict:
     config = replace(s.config, ppo_epochs=1, ptx_coef=0.0)
     new = m.value_model.head if config.value == "head" else m.value_model
     optimizer = adam([(m.policy, 1e-4), (new, 1e-4)])
-    ppo.update(m, optimizer, s.rollout, config, 1.0, (config.seed, "check"))
+    ppo.update(m, optimizer, s.rollout, config, 1.0, (config.seed, "check", config.value_warmup))
     pairs = [(b[k], n.state_dict()[k]) for b, n in zip(before, fixed, strict=True) for k in b]
     still = all(torch.equal(old, now) for old, now in pairs)
     moved = any(not torch.equal(policy[k], w) for k, w in m.policy.state_dict().items())

@@ -2,8 +2,9 @@
 
 For responses of one token, the policy that maximises E[r] - beta · KL(pi, pi_ref) is
 pi*(a) = pi_ref(a) · exp(r(a) / beta) / Z (Ziegler et al. 2019, section 2). RLOO has the same one.
-GRPO divides the reward by its standard deviation, so that its optimum is the pi* of which the
-deviation belongs to itself.
+GRPO divides the reward by its standard deviation, and differentiates an estimate of KL(pi, pi_ref)
+whose gradient is that of KL(pi_ref, pi). Where the two balance,
+pi(a) (r(a) - mean) / deviation = beta (pi(a) - pi_ref(a)), both of them under pi.
 """
 
 import math
@@ -45,13 +46,20 @@ def probabilities(gpt: GPT, codec: Codec) -> torch.Tensor:
 
 
 def optimum(before: torch.Tensor, advantage: str) -> torch.Tensor:
-    rewards, deviation = torch.tensor(list(REWARDS.values())), torch.tensor(1.0)
-    for _ in range(100):
-        best = before * (rewards / deviation / BETA[advantage]).exp()
-        best /= best.sum()
-        if advantage == "grpo":
-            mean = (best * rewards).sum()
-            deviation = (best * (rewards - mean) ** 2).sum().sqrt()
+    rewards, beta = torch.tensor(list(REWARDS.values())), BETA[advantage]
+    if advantage != "grpo":
+        best = before * (rewards / beta).exp()
+        return best / best.sum()
+    best = before
+    for _ in range(500):
+        mean = (best * rewards).sum()
+        pull = (rewards - mean) / (beta * (best * (rewards - mean) ** 2).sum().sqrt())
+        low, high = pull.max(), pull.max() + 9  # between them, pi_ref / (x - pull) sums to 1
+        for _ in range(50):
+            middle = (low + high) / 2
+            above = (before / (middle - pull)).sum() > 1
+            low, high = (middle, high) if above else (low, middle)
+        best = 0.9 * best + 0.1 * before / (high - pull)
     return best
 
 

@@ -67,7 +67,7 @@ def one_reward():
     run = a_run("reward", config, ScalarModel(gpt))
     ranks = [[1, 2, 2], [1, 2, 3], [3, 3, 3], [2, 1, 3]]  # ties alone weigh nothing
     chosen = [reward.Comparison({{"ranks": r}}, pairs[i : i + 3]) for i, r in enumerate(ranks)]
-    reward.train(run, chosen)
+    reward.train(run, run.modules["model"], chosen)
     save("reward", run.modules["model"])
 
 def one_ppo():
@@ -80,7 +80,7 @@ def one_ppo():
     x = torch.randn(5, int(n.sum()))
     prompts, responses = zip(*pairs)
     rollout = ppo.Rollout(list(prompts), list(responses), n, n, n, x[0] - 7, x[1], x[2], x[3], x[4])
-    ppo.update(models, sgd(policy, value), rollout, config, 1.0, (0, "x"))
+    ppo.update(models, sgd(policy, value), rollout, config, 1.0, (0, "x", 0))
     save("ppo", policy, value)
 
 def one_resume():

@@ -48,7 +48,7 @@ def test_bounds_themselves_are_allowed():
 def test_a_flag_of_ones_own_comes_before_a_preset_and_that_before_a_default():
     presets = {"paper": {"lr": 0.5, "batch_size": 7}}
     config = parse(ppo.Config, presets, ["--preset=paper", "--lr=0.25", "--no-ablation"])
-    assert (config.lr, config.batch_size, config.iterations) == (0.25, 7, 50)
+    assert (config.lr, config.batch_size, config.iterations) == (0.25, 7, ppo.Config.iterations)
     assert config.ablation is False and parse(ppo.Config, presets, []).ablation is True
     assert parse(ppo.Config, presets, []) == parse(ppo.Config, {}, []) == ppo.Config()
     for wrong in (["--preset=other"], ["--batch=3"], ["x"], ["--lr"]):  # no flag is abbreviated
@@ -87,8 +87,8 @@ def test_how_a_program_ends(monkeypatch, capfd):
     assert fails(KeyboardInterrupt()) == (130, line)
     remedy = "lower --max_tokens, then --batch_size"
     assert fails(RuntimeError("out of memory\nmore")) == (2, f"error: out of memory; {remedy}")
-    long = fails(RuntimeError("memory " * 99))[1]
-    assert long == f"error: {('memory ' * 99)[:200]}; {remedy}"
+    long = fails(RuntimeError("out of memory " * 99))[1]
+    assert long == f"error: {('out of memory ' * 99)[:200]}; {remedy}"
     assert fails(UserError("no")) == (2, "error: no")
     assert fails(FileNotFoundError("gone")) == (2, "error: gone")
     with pytest.raises(RuntimeError, match="a bug"):
@@ -107,10 +107,10 @@ def test_precision_is_decided_around_the_program(dtype):
 
     config = RunConfig(dtype=dtype, device="cpu")
     found = main(config)
-    assert seen == [(dtype == "bfloat16", False)] and found["config"] is config
+    assert seen == [(dtype == "bfloat16", False)] and found["config"] == config
     assert found["product"].dtype == getattr(torch, dtype)
     assert not torch.is_autocast_enabled("cpu")
-    with pytest.raises(UserError, match="--dtype int8 is unknown; choose float32 or bfloat16"):
+    with pytest.raises(UserError, match="--dtype int8 is unknown; choose auto, float32"):
         main(replace(config, dtype="int8"))
 
 
