@@ -79,7 +79,7 @@ class Config(RunConfig):
     trust: Free[bool] = False  # train even on a reward model that is not better than chance
     base: Free[Input] = "out/base"  # folder of the base model, for the comparison; or none
     prompts: Input = "toy"  # toy, or a .jsonl file of prompts
-    iterations: Count = 32  # rollouts, each followed by ppo_epochs passes over it
+    iterations: Count = 44  # rollouts, each followed by ppo_epochs passes over it
     batch_size: Positive = 64  # prompts in a rollout (InstructGPT: 512)
     minibatch_size: Positive = 16  # prompts in an optimiser step (InstructGPT: 64)
     ppo_epochs: Positive = 2  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
