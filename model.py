@@ -276,8 +276,10 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "ScalarModel":
-        """The reward model of a stage's folder."""
+        """The reward model of a stage's folder. UserError if it holds another model."""
         saved = load_checkpoint(folder)
+        if saved["stage"] != "reward":
+            raise UserError(f"{folder} is a checkpoint of {saved['stage']}, not a reward model")
         return with_weights(lambda sizes: cls(GPT(sizes)), saved["gpt"], saved["model"], folder)
 
     def save(self, folder: str | Path, tokenizer: tiktoken.Encoding) -> None:

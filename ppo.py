@@ -440,9 +440,9 @@ def update_average(average: GPT, policy: GPT, decay: float) -> None:
 
 def train(config: Config) -> dict[str, GPT]:
     """InstructGPT's third stage. Returns the policy, by its folder's name, and its average."""
+    models = Models.load(config)
     if not config.reward and not config.trust:
         check_reward_model(config.reward_model)
-    models = Models.load(config)
     policy, value_model, codec = models.policy, models.value_model, models.codec
     modules, learners = {"model": policy}, [(policy, config.lr)]
     if value_model:
@@ -534,8 +534,6 @@ def check_settings(config: Config) -> None:
 def check_reward_model(folder: str) -> None:
     """UserError for a reward model in mid-training, or one that is not better than chance."""
     saved = load_checkpoint(folder)
-    if saved["stage"] != "reward":
-        raise UserError(f"{folder} is a checkpoint of {saved['stage']}, not a reward model")
     last = [{}, *saved["metrics"]][-1]
     if not {"accuracy", "accuracy_ci"} <= last.keys():
         raise UserError(f"{folder} is not trained to its end; continue with reward.py --resume")

@@ -30,11 +30,11 @@ LINES = {  # the rooms of the house
 PRODUCT_LINES, PRODUCT_BYTES = 3600, 170_000
 LONGER = {  # the length that is allowed instead, and why
     "model.py": (
-        1053,
+        1055,
         "230 lines are Triton kernels, 80 their trial, 110 the same attention in PyTorch",
     ),
     "ppo.py": (
-        729,
+        727,
         "180 lines are the comparison, which runs networks and so cannot stand in data/",
     ),
     "reward.py": (369, "scoring files, DPO, and probes of what the reward model sees"),
@@ -45,7 +45,7 @@ LONGER = {  # the length that is allowed instead, and why
         6179,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (301_690, "the same"),
+    "product bytes": (301_735, "the same"),
 }
 
 

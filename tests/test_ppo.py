@@ -1223,7 +1223,7 @@ def test_an_unknown_choice_is_one_line(flags, needle, tiny_base):
 
 def test_another_stages_folder_is_no_reward_model(tiny_base):
     with pytest.raises(UserError, match="is a checkpoint of base, not a reward model"):
-        ppo.check_reward_model(tiny_base)
+        ScalarModel.load(tiny_base)
 
 
 def test_two_policies_of_one_name_are_refused(tiny_base):
