@@ -53,7 +53,8 @@ class RunConfig:
         for field in fields(self):
             value, (kind, *marks) = getattr(self, field.name), (*get_args(field.type), field.type)
             value = value.item() if hasattr(value, "item") else value  # a numpy number
-            setattr(self, field.name, str(value) if kind is str else value)  # str: of a Path
+            value = kind(value) if kind in (str, float) else value  # of a Path, of a whole number
+            setattr(self, field.name, value)
             if marks and type(marks[0]) in (int, float):
                 low, high = marks[:2]
                 if not (low <= value <= high and value < math.inf):
@@ -286,14 +287,16 @@ class Run:
                     f"{self.folder} was made with --{name} {value}, not {ours[name]}; resume it "
                     f"with the same value, or {way.format(self.folder)}"
                 )
-        for name in [n for n, found in self.inputs.items() if saved["inputs"].get(n) != found]:
+        then = saved["inputs"]
+        for name in [n for n, found in self.inputs.items() if then.get(n, found) != found]:
             if name != "reward":  # whose source may have been repaired
                 raise UserError(
                     f"{self.folder} was made with another --{name} than {ours[name] or 'now'}: "
                     "what is read has changed; restore it, or start anew without --resume"
                 )
             print(f"--reward {ours[name]} has changed since {self.folder} was saved")
-        if (were := theirs["processes"]) != (now := self.resolved["processes"]):
+        now = self.resolved["processes"]
+        if (were := theirs.get("processes", now)) != now:
             print(f"{were} processes before, {now} now: sampling draws other random numbers")
 
     def save(self, by_itself: bool = False) -> None:

@@ -268,7 +268,7 @@ BUGS = [  # name, the tests that must see it, file, correct code, wrong code
      "for name in found)"),
     ("an_input_in_out_passes", FOLDERS, "data/folders.py", "(path, path.resolve(), *path",
      "(*path"),
-    ("changed_inputs_pass", FOLDERS, "data/run.py", 'if saved["inputs"].get(n) != found]',
+    ("changed_inputs_pass", FOLDERS, "data/run.py", "if then.get(n, found) != found]",
      "if False]"),
     ("an_error_loses_whole_steps", FOLDERS, "data/run.py", "if not self.changed and",
      "if False and"),
