@@ -59,7 +59,7 @@ class Config(RunConfig):
     merge: Input = ""  # .jsonl of earlier comparisons to train on as well
     policy: Input = ""  # folder of the model that answers, in place of the fine-tuned one
     prompts: Input = "toy"  # what it answers: toy, or a .jsonl file of prompts
-    toy_prompts: Positive = 2800  # how many toy prompts
+    toy_prompts: Positive = 2600  # how many toy prompts
     responses: Annotated[int, 2, 1000] = 6  # K, responses to a prompt (InstructGPT: 4 to 9)
     noise: Rate = 0.5  # of the simulated labeler, in points of the rubric
     max_new_tokens: Positive = 80  # longest response
@@ -71,8 +71,8 @@ class Config(RunConfig):
     beta: Rate = 0.1  # of DPO: what a nat from the fine-tuned model weighs
     demonstrations: Input = ""  # .jsonl whose mean score becomes 0; default: toy, or the best
     epochs: Positive = 2  # passes over the comparisons (InstructGPT: 1)
-    batch_size: Positive = 4  # prompts a step, with all their responses
-    lr: Rate = 1e-3  # peak learning rate
+    batch_size: Positive = 2  # prompts a step, with all their responses
+    lr: Rate = 7e-4  # peak learning rate
     held_out: Annotated[float, 0, 0.9] = 0.1  # share of the prompts that only measures accuracy
 
 

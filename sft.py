@@ -54,15 +54,15 @@ class Config(RunConfig):
     block_size: Positive = 256  # the longest sequence
     # pretraining
     texts: Input = "toy"  # documents: toy, or .txt, a folder of .txt, or .jsonl with {"text": ...}
-    toy_texts: Positive = 16000  # how many toy documents
+    toy_texts: Positive = 14000  # how many toy documents
     pretrain_epochs: Positive = 1  # passes over the documents
     pretrain_batch_size: Positive = 8  # documents a step
-    pretrain_lr: Rate = 4e-3  # peak learning rate
+    pretrain_lr: Rate = 6e-3  # peak learning rate
     # fine-tuning
     demonstrations: Input = "toy"  # toy, or a .jsonl file
-    toy_demonstrations: Positive = 4500  # how many toy demonstrations
+    toy_demonstrations: Positive = 3000  # how many toy demonstrations
     epochs: Positive = 2  # passes over the demonstrations, as InstructGPT's start of PPO
-    batch_size: Positive = 32  # demonstrations a step
+    batch_size: Positive = 16  # demonstrations a step
     lr: Rate = 1.5e-3  # peak learning rate
     pretrain_mix: Rate = 0.1  # documents per demonstration, mixed in (InstructGPT C.3: 0.1)
     dropout: Annotated[float, 0, 0.99] = 0.0  # on residual branches (16-epoch baseline: 0.2)
