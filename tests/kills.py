@@ -118,11 +118,11 @@ def fingerprint(value: object) -> object:
     return value
 
 
-def kill_until_done(script: str, folder: Path, longest: float, rng: random.Random) -> int:
+def kill_until_done(script: str, folder: Path, longest: dict, rng: random.Random) -> int:
     """Runs a stage to its end; its first attempts mostly last less than `longest` seconds."""
-    kills = 0
+    kills, began = 0, time.time()
     while True:
-        process, patience = start(script, folder), rng.uniform(0.3, 1.15) * longest
+        process, patience = start(script, folder), rng.uniform(0.3, 1.15) * longest[script]
         process.join(patience if kills < MOST_KILLS else None)
         if process.is_alive():
             process.kill()
@@ -131,6 +131,8 @@ def kill_until_done(script: str, folder: Path, longest: float, rng: random.Rando
             continue
         if process.exitcode:
             raise SystemExit(f"{script} ended with status {process.exitcode} after {kills} kills")
+        if not kills:  # the machine is less busy now than it was
+            longest[script] = min(longest[script], time.time() - began)
         return kills
 
 
@@ -138,7 +140,7 @@ def trial(folder: Path, expected: Path, longest: dict[str, float], rng: random.R
     """Kills all three stages on their way; SystemExit names the files that differ in the end."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    kills = sum(kill_until_done(script, folder, longest[script], rng) for script in STAGES)
+    kills = sum(kill_until_done(script, folder, longest, rng) for script in STAGES)
     ours, theirs = left(folder), left(expected)
     wrong = [name for name in theirs.keys() | ours.keys() if ours.get(name) != theirs.get(name)]
     if wrong:
