@@ -144,10 +144,16 @@ def code_of_length(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_without_a_value_model_none_is_trained_or_saved(advantage, flags, tmp_path):
+def test_without_a_value_model_none_is_trained_or_saved(advantage, flags, monkeypatch, tmp_path):
     config = ppo.Config(**flags, out=str(tmp_path / "out"), advantage=advantage, samples=2)
     config = replace(config, reward=code_of_length(tmp_path))
+    prompts, make_rollout = [], ppo.make_rollout
+    monkeypatch.setattr(
+        ppo, "make_rollout", lambda m, p, *x: prompts.extend(p) or make_rollout(m, p, *x)
+    )
     ppo.main(config)
+    pairs = [prompts[i : i + 2] for i in range(0, 8, 2)]  # two iterations of two prompts
+    assert all(a == b for a, b in pairs) and len({tuple(a) for a, _ in pairs}) == 4
     saved = load_checkpoint(config.out)
     assert saved["training"].keys() == {"average", "optimizer", "extra"}
     assert not any("value" in name for line in saved["metrics"] for name in line)
