@@ -487,6 +487,22 @@ def test_a_file_of_the_same_name_earlier_on_the_path_is_named(stage, name, tmp_p
     assert result.stdout == "fine\n" or str(tmp_path / name) in result.stderr
 
 
+@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                             ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")])  # fmt: skip
+def test_how_threads_wait_is_said_before_torch_is_loaded(given, expected):
+    code = "import os, sys, data; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    own = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env=own | given, cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == f"{expected} False\n"
+    for script in ("sft.py", "reward.py", "ppo.py", "model.py"):
+        lines = (ROOT / script).read_text("utf-8").splitlines()
+        first = {name: next(i for i, line in enumerate(lines) if line.startswith(name))
+                 for name in ("from data", "import torch")}  # fmt: skip
+        assert first["from data"] < first["import torch"]
+
+
 # ---- first contact
 
 
