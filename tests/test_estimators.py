@@ -221,7 +221,7 @@ def test_a_token_table_by_hand():
 
 def implicit_reward(beta: float) -> tuple[ImplicitReward, GPT]:
     torch.manual_seed(0)
-    policy, ref = (GPT(GPTConfig(9, 8, 1, 1, 4)) for _ in range(2))
+    policy, ref = (GPT(GPTConfig(9, 8, 1, 1, 4)).double() for _ in range(2))
     return ImplicitReward(policy, ref, beta), policy
 
 
@@ -247,7 +247,7 @@ def test_its_ranking_loss_for_two_responses_has_dpos_gradient():
     slope = -0.3 * torch.sigmoid(scores[0] - scores[1]).detach()
     expected = torch.autograd.grad(slope * (winning - losing), weights)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert all(w.grad is None for w in model.ref_policy.parameters())
 
 
