@@ -41,6 +41,7 @@ from data.run import (
     Run,
     RunConfig,
     Share,
+    check_choices,
     command,
     load_checkpoint,
     name_unused,
@@ -509,9 +510,7 @@ def token_by_token(models: Models, rollout: Rollout, config: Config) -> list[str
 
 def check_settings(config: Config) -> None:
     """UserError for a value that is unknown, or that contradicts another one."""
-    for name, choices in CHOICES.items():
-        if (value := getattr(config, name)) not in choices:
-            raise UserError(f"--{name} {value} is unknown; choose from {', '.join(choices)}")
+    check_choices(config, CHOICES)
     if config.kl_target and (config.advantage == "grpo" or not config.kl_coef):
         raise UserError(
             "--kl_target adapts the penalty in the rewards: not 0 at first, not of grpo"

@@ -107,6 +107,13 @@ def command(main: Callable[[Any], Any], config_class: type, presets: dict[str, d
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "attention": ("auto", "plain")}
 
 
+def check_choices(config: RunConfig, choices: dict[str, tuple[str, ...]]) -> None:
+    """UserError for a flag with another value than one of its choices, {flag: choices}."""
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            raise UserError(f"--{name} {value} is unknown; choose from {', '.join(known)}")
+
+
 def resolve_dtype(config: RunConfig) -> str:
     """What --dtype auto is: bfloat16 on a GPU that has it, else float32."""
     if config.dtype != "auto":
@@ -124,9 +131,7 @@ def program(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
 
     @functools.wraps(main)
     def wrapped(config: RunConfig) -> dict:
-        for name, choices in CHOICES.items():
-            if (value := getattr(config, name)) not in choices:
-                raise UserError(f"--{name} {value} is unknown; choose {', '.join(choices)}")
+        check_choices(config, CHOICES)
         device, config = resolve_device(config.device), replace(config, dtype=resolve_dtype(config))
         low = config.dtype == "bfloat16"
         if device.type == "cuda":  # high: TF32; highest: the scalar heads, all that is left in fp32

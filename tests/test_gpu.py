@@ -357,5 +357,5 @@ def test_precision_by_device(flag, device, bf16, resolved, products, monkeypatch
 
 @pytest.mark.parametrize("name", ["dtype", "attention"])
 def test_an_unknown_choice_is_refused(name):
-    with pytest.raises(UserError, match=f"--{name} x is unknown; choose auto, "):
+    with pytest.raises(UserError, match=f"--{name} x is unknown; choose from auto, "):
         program(lambda config: None)(RunConfig(**{name: "x"}))

@@ -34,18 +34,18 @@ LONGER = {  # the length that is allowed instead, and why
         "230 lines are Triton kernels, 80 their trial, 110 the same attention in PyTorch",
     ),
     "ppo.py": (
-        727,
+        726,
         "180 lines are the comparison, which runs networks and so cannot stand in data/",
     ),
     "reward.py": (369, "scoring files, DPO, and probes of what the reward model sees"),
     "sft.py": (212, "the paper's 16-epoch baseline: which epoch to keep"),
-    "data/run.py": (405, "what a resumed run compares, and when a run is saved"),
+    "data/run.py": (410, "what a resumed run compares, and when a run is saved"),
     "data/report.py": (203, "a response token by token"),
     "product lines": (
-        6182,
+        6186,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (301_829, "the same"),
+    "product bytes": (301_890, "the same"),
 }
 
 

@@ -110,7 +110,7 @@ def test_precision_is_decided_around_the_program(dtype):
     assert seen == [(dtype == "bfloat16", False)] and found["config"] == config
     assert found["product"].dtype == getattr(torch, dtype)
     assert not torch.is_autocast_enabled("cpu")
-    with pytest.raises(UserError, match="--dtype int8 is unknown; choose auto, float32"):
+    with pytest.raises(UserError, match="--dtype int8 is unknown; choose from auto, float32"):
         main(replace(config, dtype="int8"))
 
 
