@@ -341,10 +341,10 @@ def head_logprobs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(n, C), (V, C), (n,) -> log-probabilities (n,) of the tokens, entropy (n,)."""
-    all_logprobs = (head_logits(hidden, weight) / temperature).log_softmax(-1)  # (n, V)
+    all_logprobs = head_logits(hidden / temperature, weight).log_softmax(-1)  # (n, V)
     logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
     return logprobs, entropy
 
 

@@ -80,11 +80,11 @@ class Config(RunConfig):
     trust: Free[bool] = False  # train even on a reward model that is not better than chance
     base: Free[Input] = "out/base"  # folder of the base model, for the comparison; or none
     prompts: Input = "toy"  # toy, or a .jsonl file of prompts
-    iterations: Count = 44  # rollouts, each followed by ppo_epochs passes over it
+    iterations: Count = 52  # rollouts, each followed by ppo_epochs passes over it
     batch_size: Positive = 64  # prompts in a rollout (InstructGPT: 512)
     minibatch_size: Positive = 16  # prompts in an optimiser step (InstructGPT: 64)
-    ppo_epochs: Positive = 2  # passes over a rollout (InstructGPT: 1, lm-human-preferences: 4)
-    lr: Rate = 1.2e-3  # peak learning rate of the policy
+    ppo_epochs: Positive = 1  # passes over a rollout, as InstructGPT (lm-human-preferences: 4)
+    lr: Rate = 2e-3  # peak learning rate of the policy
     value_lr: Rate = 2e-3  # peak learning rate of the value model
     warmup: Count = 4  # iterations until the learning rates peak; then cosine to a tenth
     kl_coef: Rate = 0.35  # weight of the KL penalty (InstructGPT's beta, there 0.02)
@@ -97,9 +97,7 @@ class Config(RunConfig):
     value_warmup: Count = 0  # first iterations, in which only the value model learns
     cliprange: Rate = 0.2  # a ratio outside 1 +- cliprange earns the policy nothing more
     cliprange_value: Rate = 0.2  # likewise for the value model's change
-    max_approx_kl: Rate = (
-        0.0  # end an iteration's updates when policy/approx_kl exceeds this; 0: never
-    )
+    max_approx_kl: Rate = 0.0  # end an iteration's updates above this policy/approx_kl; 0: never
     temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling, and of all log-probabilities
     max_new_tokens: Positive = 80  # longest response
     missing_eos_score: float = -1.0  # the score of a response that does not end; nan keeps its own

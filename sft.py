@@ -49,8 +49,8 @@ class Config(RunConfig):
     tokenizer: Input = "toy"  # toy, gpt2 or a .tiktoken file
     template: str = "{prompt}\\n"  # what every prompt is put into; \n is a line break
     n_layer: Positive = 2  # transformer blocks
-    n_head: Positive = 4  # attention heads
-    n_embd: Positive = 128  # channels
+    n_head: Positive = 3  # attention heads
+    n_embd: Positive = 96  # channels
     block_size: Positive = 256  # the longest sequence
     # pretraining
     texts: Input = "toy"  # documents: toy, or .txt, a folder of .txt, or .jsonl with {"text": ...}

@@ -1,11 +1,14 @@
-"""Published settings for models and data of real size: python ppo.py --preset instructgpt.
+"""Settings that replace a stage's defaults: python ppo.py --preset instructgpt.
 
-A preset replaces a stage's defaults, which are for the toy world; what is typed comes first.
+The defaults are for PPO in the toy world. What is typed comes before a preset. The first three are
+published settings for models and data of real size; the others are for the toy world.
 
 instructgpt  Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 tldr         Huang et al. 2024, The N+ Implementation Details of RLHF with PPO,
              https://arxiv.org/abs/2403.17031
 sentiment    Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and lm-human-preferences
+rloo, grpo   other advantages, without a value model
+dpo          a policy from the reward model's comparisons
 """
 
 import math
@@ -19,6 +22,8 @@ REWARD = {  # C.2, with K = 4 to 9, and Huang et al. 2024
         "objective": "dpo",
         "comparisons": "out/reward/comparisons.jsonl",
         "out": "out/dpo",
+        "beta": 0.5,
+        "epochs": 1,
         "lr": 3e-4,
     },
     "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6, "cue": ""},
@@ -51,8 +56,21 @@ PPO = {
         "max_new_tokens": 53,
         "ema_decay": 0.0,
     },
-    "rloo": {"advantage": "rloo", "samples": 4, "out": "out/rloo", "ablation": False},
-    "grpo": {"advantage": "grpo", "samples": 4, "out": "out/grpo", "ablation": False},
+    "rloo": {
+        "advantage": "rloo",
+        "samples": 4,
+        "lr": 1.6e-3,
+        "out": "out/rloo",
+        "ablation": False,
+    },
+    "grpo": {
+        "advantage": "grpo",
+        "samples": 8,
+        "lr": 1.6e-3,
+        "kl_coef": 0.1,
+        "out": "out/grpo",
+        "ablation": False,
+    },
     "sentiment": {  # launch.py, a million episodes
         "iterations": 1953,
         "batch_size": 512,

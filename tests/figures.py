@@ -1,10 +1,10 @@
 """Draws the README's figures from the folders that tests/seeds.py leaves; needs the extra `plot`.
 
-    python tests/seeds.py 31 32 33 && python tests/figures.py 31 32 33
+    python tests/seeds.py --curves 41 42 43 && python tests/figures.py 41 42 43
 
-Writes story.svg and learning.svg into .github/; after seeds.py --variants overoptimisation.svg and
-win_rates.svg too. Bars and points are means over the seeds; their intervals are 95 % half-widths
-over the prompts of all seeds.
+Writes story.svg, learning.svg, win_rates.svg, and of the curves methods.svg and
+overoptimisation.svg into .github/. Bars and points are means over the seeds; their intervals are
+95 % half-widths over the prompts of all seeds.
 """
 
 import json
@@ -15,6 +15,7 @@ from data.plot import draw, read_metrics
 
 import matplotlib
 import matplotlib.pyplot as plt
+import seeds
 
 ROOT = Path(__file__).parents[1]
 GOLD, SCORE, GREY = "#c8890a", "#3465a4", "#888888"
@@ -26,6 +27,7 @@ STORY = {
     "ppo": "PPO",
     "ppo_no_kl": "PPO,\nno KL penalty",
 }
+NAMES = {"ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
 matplotlib.rcParams |= {
     "svg.hashsalt": "picorlhf",  # the same figure is the same file
     "svg.fonttype": "none",
@@ -40,9 +42,9 @@ def rows_of(folder: Path) -> dict[str, dict]:
     return {row["model"]: row for row in rows}
 
 
-def pooled(seeds: list[dict[str, dict]], model: str, key: str) -> tuple[float, float]:
+def pooled(rows: list[dict[str, dict]], model: str, key: str) -> tuple[float, float]:
     """The mean over the seeds and its 95 % half-width."""
-    found = [seed[model] for seed in seeds if model in seed and seed[model][key] is not None]
+    found = [own[model] for own in rows if model in own and own[model][key] is not None]
     half_widths = [row.get(f"{key}_ci") or 0.0 for row in found]
     mean = sum(row[key] for row in found) / len(found)
     return mean, sum(h * h for h in half_widths) ** 0.5 / len(found)
@@ -57,10 +59,10 @@ def save(figure: plt.Figure, name: str, tight: bool = True) -> None:
     print(f"wrote {path.relative_to(ROOT)}, {path.stat().st_size / 1024:.0f} kB")
 
 
-def story(seeds: list[dict[str, dict]]) -> None:
+def story(rows: list[dict[str, dict]]) -> None:
     figure, left = plt.subplots(figsize=(7.2, 3.0))
     right, places = left.twinx(), range(len(STORY))
-    gold, score = ([pooled(seeds, m, key) for m in STORY] for key in ("gold", "score"))
+    gold, score = ([pooled(rows, m, key) for m in STORY] for key in ("gold", "score"))
     left.bar(
         [x - 0.2 for x in places], *zip(*[(m, 0.38) for m, _ in gold], strict=True), color=GOLD
     )
@@ -77,11 +79,34 @@ def story(seeds: list[dict[str, dict]]) -> None:
     save(figure, "story")
 
 
-def overoptimisation(folders: list[Path]) -> None:
+def methods(outs: list[Path]) -> None:
+    """The rubric against the KL from the fine-tuned model, for each method over its penalty."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.4))
+    found = [rows_of(out / "compare") | rows_of(out / "curves") for out in outs]
+    for number, (method, name) in enumerate(NAMES.items()):
+        models = [method, *(f"{method}_beta{beta}" for beta in seeds.BETAS[method])]
+        models += ["ppo_no_kl"] * (method == "ppo")
+        points = [(pooled(found, m, "kl")[0], *pooled(found, m, "gold")) for m in models]
+        kl, gold, half_widths = zip(*sorted(points), strict=True)
+        style = {"color": f"C{number}", "markersize": 4, "linewidth": 1}
+        axis.errorbar(kl, gold, yerr=half_widths, fmt="o-", label=name, **style)
+        axis.plot(
+            points[0][0], points[0][1], "o", color=f"C{number}", markersize=9, fillstyle="none"
+        )
+    curves = [json.loads((out / "compare/results.json").read_text())["best_of_n"] for out in outs]
+    gold = [sum(p["gold"] for p in same) / len(same) for same in zip(*curves, strict=True)]
+    axis.plot([point["kl"] for point in curves[0]], gold, "k--", linewidth=1, label="best of n")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlabel("KL from the fine-tuned model, nats per response")
+    axis.set_ylabel("hidden rubric, 0 to 10")
+    axis.legend(frameon=False)
+    save(figure, "methods")
+
+
+def overoptimisation(out: Path) -> None:
     """Gold and score against the root of the KL from the fine-tuned model (Gao et al. 2022)."""
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0))
-    out = folders[0]
-    runs = {float(p.name.removeprefix("ppo_beta")): p for p in out.glob("ppo_beta*")}
+    runs = {beta: out / f"ppo_beta{beta}" for beta in seeds.BETAS["ppo"]}
     runs |= {json.loads((out / "ppo/config.json").read_text())["kl_coef"]: out / "ppo"}
     runs |= {0.0: out / "ppo_no_kl"}
     colours = plt.get_cmap("viridis")
@@ -108,10 +133,10 @@ def overoptimisation(folders: list[Path]) -> None:
     save(figure, "overoptimisation")
 
 
-def win_rates(seeds: list[dict[str, dict]]) -> None:
-    names = [m for m in seeds[0] if m != "sft" and all(m in seed for seed in seeds)]
+def win_rates(rows: list[dict[str, dict]]) -> None:
+    names = [m for m in rows[0] if m != "sft" and all(m in own for own in rows)]
     figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.3 * len(names)))
-    means, half_widths = zip(*[pooled(seeds, m, "win_rate") for m in names], strict=True)
+    means, half_widths = zip(*[pooled(rows, m, "win_rate") for m in names], strict=True)
     axis.errorbar(means, range(len(names)), xerr=half_widths, fmt="o", color=SCORE, capsize=3)
     axis.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
@@ -131,12 +156,14 @@ def learning(folder: Path) -> None:
 
 
 def main() -> None:
-    folders = [Path("out") / f"seed{seed}" for seed in sys.argv[1:] or sys.exit(__doc__)]
-    story([rows_of(folder / "ppo") for folder in folders])
-    learning(folders[0])
-    if all((folder / "compare").exists() for folder in folders):
-        overoptimisation(folders)
-        win_rates([rows_of(folder / "compare") for folder in folders])
+    outs = [Path("out") / f"seed{seed}" for seed in sys.argv[1:] or sys.exit(__doc__)]
+    rows = [rows_of(out / "compare") for out in outs]
+    story(rows)
+    win_rates(rows)
+    learning(outs[0])
+    if all((out / "curves" / "results.json").exists() for out in outs):
+        methods(outs)
+        overoptimisation(outs[0])
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
 """Runs the toy pipeline for several seeds and prints one table of all: the README's numbers.
 
-    python tests/seeds.py 31 32 33             # into out/seed31, ...; what is finished stays
-    python tests/seeds.py --variants 31 32 33  # also PPO-ptx, a second round, 16 epochs of SFT
-    python tests/seeds.py --bf16 31 32 33      # all networks in bfloat16, into out/bf16/seed31, ...
+    python tests/seeds.py 41 42 43             # into out/seed41, ...; what is finished stays
+    python tests/seeds.py --curves 41 42 43    # also every method at other strengths of its penalty
+    python tests/seeds.py --variants 41 42 43  # also PPO-ptx, a second round, 16 epochs of SFT
+    python tests/seeds.py --bf16 41 42 43      # all networks in bfloat16, into out/bf16/seed41, ...
 
 A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of all seeds. The gold
-score of each seed stands in brackets.
+score of each seed stands in brackets. A second table says what the training of a policy costs.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = ("gold", "win_rate", "score", "kl", "length", "eos_rate", "repetition")
-COLUMNS += ("distinct_2", "pretraining_loss")
+COLUMNS = ("gold", "win_rate", "score", "kl", "pretraining_loss")
+TEXTS = ("length", "eos_rate", "repetition", "distinct_2")
 PARTS = tuple(f"gold/{part}" for part in ("form", "mood", "subject", "variety", "ending", "length"))
-
 
 LAST = {"sft.py": "samples.txt", "reward.py": "report.json", "ppo.py": "results.json"}
 FOLDERS = {  # flag: folder, for each script
@@ -25,31 +26,74 @@ FOLDERS = {  # flag: folder, for each script
     "reward.py": {"sft": "sft"},
     "ppo.py": {"base": "base", "sft": "sft", "reward_model": "reward"},
 }
+POLICIES = ("ppo", "rloo", "grpo", "dpo")
+BETAS = {  # beside the default
+    "ppo": (0.02, 0.05, 0.1, 0.2, 0.7, 1.4),
+    "rloo": (0.02, 0.05, 0.1, 0.2, 0.7, 1.4),
+    "grpo": (0.01, 0.03, 0.3),
+    "dpo": (0.03, 0.1, 1.0),
+}
+ALONE = ("--no-ablation", "--base=none", "--eval_prompts=2", "--ema_decay=0")
 PTX_COEF = 1
-BETAS = (0.05, 0.1, 0.4, 0.8)  # for the first seed only: one figure shows them
 
 
 def stage(out: Path, script: str, folder: str, *switches: str, **flags: object) -> None:
-    """Runs a script into a folder, unless that has been done."""
-    if not (out / folder / LAST[script]).exists():
-        values = {flag: out / name for flag, name in FOLDERS[script].items()} | flags
-        given = [f"--{flag}={value}" for flag, value in values.items()]
-        seed = f"--seed={out.name.removeprefix('seed')}"
-        command = [sys.executable, ROOT / script, seed, f"--out={out / folder}", *given, *switches]
-        if out.parent.name == "bf16":
-            command.append("--dtype=bfloat16")
-        subprocess.run(command, check=True)
+    """Runs a script into a folder, unless that has been done; cost.json says what it took."""
+    if (out / folder / LAST[script]).exists():
+        return
+    values = {flag: out / name for flag, name in FOLDERS[script].items()} | flags
+    given = [f"--{flag}={value}" for flag, value in values.items()]
+    seed = f"--seed={out.name.removeprefix('seed')}"
+    command = [sys.executable, ROOT / script, seed, f"--out={out / folder}", *given, *switches]
+    if out.parent.name == "bf16":
+        command.append("--dtype=bfloat16")
+    with subprocess.Popen(command) as process:
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    cost = {"seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
+    (out / folder / "cost.json").write_text(json.dumps(cost))
+
+
+def policy(out: Path, method: str, folder: str, *switches: str, **flags: object) -> None:
+    """Trains a policy with the method's own command."""
+    if method == "dpo":
+        comparisons = out / "reward" / "comparisons.jsonl"
+        stage(out, "reward.py", folder, "--preset=dpo", comparisons=comparisons, **flags)
+    else:
+        preset = [] if method == "ppo" else [f"--preset={method}"]
+        stage(out, "ppo.py", folder, *preset, *switches, **flags)
+
+
+def compared(out: Path, folder: str, names: tuple[str, ...], *switches: str) -> Path:
+    """The folder with the comparison of these policies."""
+    stage(out, "ppo.py", folder, *switches, compare=",".join(str(out / name) for name in names))
+    return out / folder
 
 
 def run(out: Path) -> Path:
     """The folder with the results of the seed that the folder out is named after."""
     stage(out, "sft.py", "sft")
     stage(out, "reward.py", "reward")
-    stage(out, "ppo.py", "ppo")
-    return out / "ppo"
+    for method in POLICIES:
+        policy(out, method, method)
+        if method != "dpo":  # the training alone, for its memory
+            policy(out, method, f"{method}_short", *ALONE, iterations=6)
+    return compared(out, "compare", ("ppo", "ppo_no_kl", *POLICIES[1:]))
 
 
-def run_variants(out: Path, betas: tuple[float, ...]) -> Path:
+def run_curves(out: Path) -> None:
+    """Every method with other strengths of its penalty."""
+    for method, betas in BETAS.items():
+        name = "beta" if method == "dpo" else "kl_coef"
+        for beta in betas:
+            folder = f"{method}_beta{beta}"
+            policy(out, method, folder, *ALONE, **{name: beta})
+    folders = tuple(f"{method}_beta{beta}" for method in BETAS for beta in BETAS[method])
+    compared(out, "curves", folders, "--base=none")
+
+
+def run_variants(out: Path) -> Path:
     """The folder with the comparison of the variants."""
     run(out)
     earlier, short = out / "reward" / "comparisons.jsonl", "--no-ablation"
@@ -58,11 +102,26 @@ def run_variants(out: Path, betas: tuple[float, ...]) -> Path:
     stage(out, "ppo.py", "ppo2", short, init=out / "ppo", reward_model=out / "reward2")
     long = {"epochs": 16, "dropout": 0.2, "reward_model": out / "reward"}
     stage(out, "sft.py", "sft16", init=out / "base", **long)
-    for beta in betas:
-        stage(out, "ppo.py", f"ppo_beta{beta}", short, kl_coef=beta)
-    names = ("ppo", "ppo_no_kl", "ppo_ptx", "ppo2", "sft16")
-    stage(out, "ppo.py", "compare", compare=",".join(str(out / name) for name in names))
-    return out / "compare"
+    return compared(out, "variants", ("ppo", "ppo_no_kl", "ppo_ptx", "ppo2", "sft16"))
+
+
+def cost(outs: list[Path], method: str) -> tuple[float, float, float]:
+    """Responses that the reward model scores, seconds of training, and megabytes at most: means."""
+    rows = []
+    for out in outs:
+        config = json.loads((out / method / "config.json").read_text())
+        whole = json.loads((out / method / "cost.json").read_text())
+        calls, seconds = 0, whole["seconds"]
+        if method != "dpo":
+            whole = json.loads((out / f"{method}_short" / "cost.json").read_text())
+            calls, lines = config["batch_size"], (out / method / "metrics.jsonl").read_text()
+            steps = [json.loads(line) for line in lines.splitlines()]
+            tokens = [
+                calls * step["objective/length"] / step["tokens_per_second"] for step in steps
+            ]
+            seconds, calls = sum(tokens), calls * len(steps)
+        rows.append((calls, seconds, whole["megabytes"]))
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
 
 
 def cell(rows: list[dict], column: str) -> str:
@@ -78,28 +137,37 @@ def cell(rows: list[dict], column: str) -> str:
     return text
 
 
-def table(results: list[list[dict]], columns: tuple[str, ...]) -> str:
+def table(results: list[list[dict]], columns: tuple[str, ...], costs: dict | None = None) -> str:
+    """A line for each model; costs: {title: {model: number}}, of the training of some of them."""
     titles = [column.removeprefix("gold/").replace("_", " ") for column in columns]
-    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    titles += costs or {}
+    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for rows in zip(*results, strict=True):
-        cells = [cell(list(rows), column) for column in columns]
-        lines.append(f"| {rows[0]['model']} | " + " | ".join(cells) + " |")
+        name, cells = rows[0]["model"], [cell(list(rows), column) for column in columns]
+        numbers = [known.get(name) for known in (costs or {}).values()]
+        cells += ["" if number is None else f"{number:,.0f}" for number in numbers]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     seeds = [seed for seed in sys.argv[1:] if not seed.startswith("--")] or sys.exit(__doc__)
     outs = [Path("out/bf16" if "--bf16" in sys.argv else "out") / f"seed{seed}" for seed in seeds]
-    if "--variants" in sys.argv:
-        folders = [run_variants(out, BETAS if out == outs[0] else ()) for out in outs]
-    else:
-        folders = [run(out) for out in outs]
+    folders = [run_variants(out) if "--variants" in sys.argv else run(out) for out in outs]
     results = [json.loads((folder / "results.json").read_text())["rows"] for folder in folders]
-    print(table(results, COLUMNS), table(results, PARTS), sep="\n\n")
+    costs = {method: cost(outs, method) for method in POLICIES}
+    titles = ("scores", "seconds", "megabytes")
+    columns = {t: {m: found[i] for m, found in costs.items()} for i, t in enumerate(titles)}
+    print(
+        table(results, COLUMNS, columns), table(results, TEXTS), table(results, PARTS), sep="\n\n"
+    )
     reports = [json.loads((f.parent / "reward" / "report.json").read_text()) for f in folders]
     for name in reports[0]["pairs"]:
         shares = [report["pairs"][name][0] for report in reports]
         print(f"{name}: " + " / ".join(f"{share:.3f}" for share in shares))
+    if "--curves" in sys.argv:
+        for out in outs:
+            run_curves(out)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LONGER = {  # the length that is allowed instead, and why
         "230 lines are Triton kernels, 80 their trial, 110 the same attention in PyTorch",
     ),
     "ppo.py": (
-        726,
+        724,
         "180 lines are the comparison, which runs networks and so cannot stand in data/",
     ),
     "reward.py": (369, "scoring files, DPO, and probes of what the reward model sees"),
@@ -42,10 +42,10 @@ LONGER = {  # the length that is allowed instead, and why
     "data/run.py": (410, "what a resumed run compares, and when a run is saved"),
     "data/report.py": (203, "a response token by token"),
     "product lines": (
-        6186,
+        6202,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (301_890, "the same"),
+    "product bytes": (302_253, "the same"),
 }
 
 

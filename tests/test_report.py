@@ -349,3 +349,7 @@ def test_the_table_of_several_seeds_by_hand():
     table = seeds.table([[row] for row in rows], ("gold", "kl")).splitlines()
     assert table[:2] == ["| model | gold | kl |", "|---|---|---|"]
     assert table[2:] == ["| ppo | 8.50 ± 0.50 (8.00 / 9.00) | 2.12 |"]
+    costs = {"scores": {"ppo": 2816.4}, "seconds": {"dpo": 1}}
+    table = seeds.table([[row] for row in rows], ("kl",), costs).splitlines()
+    assert table[0] == "| model | kl | scores | seconds |"
+    assert table[2:] == ["| ppo | 2.12 | 2,816 |  |"]

@@ -1,0 +1,119 @@
+"""Two published relations between reward and KL, checked against the models of this project.
+
+    python tests/frontiers.py gao 41 42 43     # after tests/seeds.py --curves 41 42 43
+    python tests/frontiers.py ziegler          # after the sentiment commands of data/README.md
+
+gao: with d = sqrt(KL), the gain of the hidden rubric is d (alpha - beta log d) for RL and
+d (alpha - beta d) for best of n (Gao et al. 2022, section 3.1). Both forms are fitted to both.
+
+ziegler: of all policies with the same KL, the one with the highest reward is proportional to
+pi_ref(y) exp(r(y) / beta) (Ziegler et al. 2019, figure 3). Samples of the fine-tuned model that
+are weighted so give this frontier, beside which the policy stands.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ppo
+from data import report, toy
+from data.tokenizer import Codec
+from model import GPT, ScalarModel
+
+import numpy as np
+import torch
+from seeds import BETAS
+
+FORMS: dict[str, Callable] = {
+    "d (alpha - beta log d)": np.log,  # of reinforcement learning
+    "d (alpha - beta d)": lambda d: d,  # of best of n
+}
+
+
+def fit(kl: list[float], gain: list[float], form: Callable) -> tuple[float, float, float]:
+    """alpha, beta and R^2 of gain = d (alpha - beta form(d)) by least squares, d = sqrt(kl)."""
+    d, y = np.sqrt(kl), np.array(gain)
+    inputs = np.stack([d, -d * form(d)], 1)
+    (alpha, beta), *_ = np.linalg.lstsq(inputs, y, rcond=None)
+    residual = y - inputs @ (alpha, beta)
+    return alpha, beta, 1 - (residual**2).sum() / ((y - y.mean()) ** 2).sum()
+
+
+def best_of_many(out: Path, n: int = 256, questions: int = 64) -> list[dict]:
+    """For 2, 4, ..., n samples: the bound of the KL, the mean score and rubric."""
+    seed = int(out.name.removeprefix("seed"))
+    config = ppo.Config(seed=seed, sft=str(out / "sft"))
+    sft, codec = GPT.load(out / "sft").eval(), Codec.load(out / "sft")
+    texts = [row["prompt"] for row in toy.prompts(questions, seed, "test")]
+    prompts = [codec.prompt(text) for text in texts for _ in range(n)]
+    responses = ppo.sample(sft, prompts, codec, config)
+    reward_model = ScalarModel.load(out / "reward").eval()
+    with torch.no_grad():
+        scores = ppo.score(reward_model, prompts, responses, config)
+
+    def points(answers: list[list[int]]) -> dict[str, list[float]]:
+        return report.rubric_points(toy, texts, [codec.text(tokens) for tokens in answers])
+
+    return report.best_of_n_curve(report.best_of_n(responses, scores, n), points)
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {row["model"]: row for row in rows}
+
+
+def gao(seeds: list[str]) -> None:
+    points: dict[str, list[tuple[float, float]]] = {"PPO": [], "best of n": []}
+    for out in (Path("out") / f"seed{seed}" for seed in seeds):
+        rows = rows_of(out / "compare") | rows_of(out / "curves")
+        for model in ("ppo", "ppo_no_kl", *(f"ppo_beta{beta}" for beta in BETAS["ppo"])):
+            points["PPO"].append((rows[model]["kl"], rows[model]["gold"] - rows["sft"]["gold"]))
+        first, *curve = best_of_many(out)
+        points["best of n"] += [(point["kl"], point["gold"] - first["gold"]) for point in curve]
+    for name, found in points.items():
+        for title, form in FORMS.items():
+            alpha, beta, r2 = fit(*map(list, zip(*found, strict=True)), form)
+            print(f"{name}, {len(found)} points, {title}: {alpha:.2f}, {beta:.3f}, R2 {r2:.3f}")
+
+
+def frontier(rewards: np.ndarray, beta: float) -> tuple[float, float]:
+    """(KL, mean reward) of pi_ref exp(r / beta) / Z, by weighting samples: rewards (prompts, n)."""
+    weights = np.exp((rewards - rewards.max(1, keepdims=True)) / beta)
+    weights /= weights.sum(1, keepdims=True)
+    kl = (weights * np.log(np.maximum(weights * rewards.shape[1], 1e-300))).sum(1)
+    return kl.mean(), (weights * rewards).sum(1).mean()
+
+
+def ziegler(n: int = 256, questions: int = 50) -> None:
+    out = Path("out/sentiment")
+    config = ppo.Config(**json.loads((out / "ppo" / "config.json").read_text()))
+    sft, codec = GPT.load(config.sft).eval(), Codec.load(config.sft)
+    texts = ppo.data.prompts(config.prompts, questions, 0, "test", held_out=config.eval_prompts)
+    prompts = [codec.prompt(text) for text in texts[:questions] for _ in range(n)]
+    responses = ppo.sample(sft, prompts, codec, config)
+    scores = ppo.score(ppo.load_reward_model(config, codec), prompts, responses, config)
+    rewards = np.array(scores).reshape(-1, n)
+    for beta in (1.0, 0.5, 0.3, 0.2, 0.15, 0.1):
+        kl, reward = frontier(rewards, beta)
+        print(f"best policy at beta {beta:g}: {reward:.2f} at {kl:.2f} nats")
+    best = report.best_of_n(responses, scores, n)
+    for k, (_, top) in best.items():
+        print(f"best of {k}: {np.mean(top):.2f} at {math.log(k) - (k - 1) / k:.2f} nats")
+    for name, row in rows_of(out / "ppo").items():
+        if name.startswith("ppo"):
+            print(f"{name}: {row['score']:.2f} at {row['kl']:.2f} nats")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["gao"] and len(sys.argv) > 2:
+        gao(sys.argv[2:])
+    elif sys.argv[1:] == ["ziegler"]:
+        ziegler()
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
