@@ -88,7 +88,8 @@ def frontier(rewards: np.ndarray, beta: float) -> tuple[float, float]:
 
 def ziegler(n: int = 256, questions: int = 50) -> None:
     out = Path("out/sentiment")
-    config = ppo.Config(**json.loads((out / "ppo" / "config.json").read_text()))
+    saved = json.loads((out / "ppo" / "config.json").read_text())
+    config = ppo.Config(**{name: value for name, value in saved.items() if value is not None})
     sft, codec = GPT.load(config.sft).eval(), Codec.load(config.sft)
     texts = ppo.data.prompts(config.prompts, questions, 0, "test", held_out=config.eval_prompts)
     prompts = [codec.prompt(text) for text in texts[:questions] for _ in range(n)]

@@ -71,10 +71,17 @@ def compared(out: Path, folder: str, names: tuple[str, ...], *switches: str) -> 
     return out / folder
 
 
-def run(out: Path) -> Path:
-    """The folder with the results of the seed that the folder out is named after."""
+def run_ppo(out: Path) -> Path:
+    """The front page's command, with the seed that the folder out is named after."""
     stage(out, "sft.py", "sft")
     stage(out, "reward.py", "reward")
+    policy(out, "ppo", "ppo")
+    return out / "ppo"
+
+
+def run(out: Path) -> Path:
+    """The folder with the comparison of all methods."""
+    run_ppo(out)
     for method in POLICIES:
         policy(out, method, method)
         if method != "dpo":  # the training alone, for its memory
@@ -152,16 +159,18 @@ def table(results: list[list[dict]], columns: tuple[str, ...], costs: dict | Non
 
 def main() -> None:
     seeds = [seed for seed in sys.argv[1:] if not seed.startswith("--")] or sys.exit(__doc__)
-    outs = [Path("out/bf16" if "--bf16" in sys.argv else "out") / f"seed{seed}" for seed in seeds]
-    folders = [run_variants(out) if "--variants" in sys.argv else run(out) for out in outs]
+    bf16 = "--bf16" in sys.argv
+    outs = [Path("out/bf16" if bf16 else "out") / f"seed{seed}" for seed in seeds]
+    made = run_variants if "--variants" in sys.argv else run_ppo if bf16 else run
+    folders = [made(out) for out in outs]
     results = [json.loads((folder / "results.json").read_text())["rows"] for folder in folders]
-    costs = {method: cost(outs, method) for method in POLICIES}
+    costs = {method: cost(outs, method) for method in POLICIES[: 0 if bf16 else None]}
     titles = ("scores", "seconds", "megabytes")
     columns = {t: {m: found[i] for m, found in costs.items()} for i, t in enumerate(titles)}
     print(
         table(results, COLUMNS, columns), table(results, TEXTS), table(results, PARTS), sep="\n\n"
     )
-    reports = [json.loads((f.parent / "reward" / "report.json").read_text()) for f in folders]
+    reports = [json.loads((out / "reward" / "report.json").read_text()) for out in outs]
     for name in reports[0]["pairs"]:
         shares = [report["pairs"][name][0] for report in reports]
         print(f"{name}: " + " / ".join(f"{share:.3f}" for share in shares))
