@@ -14,7 +14,7 @@ are weighted so give this frontier, beside which the policy stands.
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ppo
@@ -32,9 +32,9 @@ FORMS: dict[str, Callable] = {
 }
 
 
-def fit(kl: list[float], gain: list[float], form: Callable) -> tuple[float, float, float]:
+def fit(kl: Sequence[float], gain: Sequence[float], form: Callable) -> tuple[float, float, float]:
     """alpha, beta and R^2 of gain = d (alpha - beta form(d)) by least squares, d = sqrt(kl)."""
-    d, y = np.sqrt(kl), np.array(gain)
+    d, y = np.sqrt(kl), np.asarray(gain)
     inputs = np.stack([d, -d * form(d)], 1)
     (alpha, beta), *_ = np.linalg.lstsq(inputs, y, rcond=None)
     residual = y - inputs @ (alpha, beta)
@@ -65,17 +65,21 @@ def rows_of(folder: Path) -> dict[str, dict]:
 
 
 def gao(seeds: list[str]) -> None:
-    points: dict[str, list[tuple[float, float]]] = {"PPO": [], "best of n": []}
+    """Fits to means over the seeds: of PPO's models by their penalty, of best of n by n."""
+    found: dict[str, list[list[tuple[float, float]]]] = {"PPO": [], "best of n": []}
     for out in (Path("out") / f"seed{seed}" for seed in seeds):
         rows = rows_of(out / "compare") | rows_of(out / "curves")
-        for model in ("ppo", "ppo_no_kl", *(f"ppo_beta{beta}" for beta in BETAS["ppo"])):
-            points["PPO"].append((rows[model]["kl"], rows[model]["gold"] - rows["sft"]["gold"]))
+        own = [rows[m] for m in ("ppo", "ppo_no_kl", *(f"ppo_beta{b}" for b in BETAS["ppo"]))]
         first, *curve = best_of_many(out)
-        points["best of n"] += [(point["kl"], point["gold"] - first["gold"]) for point in curve]
-    for name, found in points.items():
+        found["PPO"].append([(row["kl"], row["gold"] - rows["sft"]["gold"]) for row in own])
+        found["best of n"].append([(p["kl"], p["gold"] - first["gold"]) for p in curve])
+    for name, points in found.items():
+        kl, gain = np.mean(points, 0).T
+        shown = ", ".join(f"{g:.2f} at {k:.2f} nats" for k, g in sorted(zip(kl, gain, strict=True)))
+        print(f"{name}, gain: {shown}")
         for title, form in FORMS.items():
-            alpha, beta, r2 = fit(*map(list, zip(*found, strict=True)), form)
-            print(f"{name}, {len(found)} points, {title}: {alpha:.2f}, {beta:.3f}, R2 {r2:.3f}")
+            alpha, beta, r2 = fit(kl, gain, form)
+            print(f"{name}, {title}: alpha {alpha:.2f}, beta {beta:.3f}, R2 {r2:.3f}")
 
 
 def frontier(rewards: np.ndarray, beta: float) -> tuple[float, float]:

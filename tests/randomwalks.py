@@ -95,7 +95,7 @@ def main() -> None:
     stage(
         "sft.py", f"--base={out / 'base'}", f"--out={out / 'sft'}", "--template={prompt}",
         f"--tokenizer={out / 'bytes.tiktoken'}", f"--texts={out / 'texts.jsonl'}",
-        f"--demonstrations={out / 'walks.jsonl'}", "--n_embd=64", "--block_size=16",
+        f"--demonstrations={out / 'walks.jsonl'}", "--block_size=16",
         "--pretrain_epochs=4", "--epochs=8",
     )  # fmt: skip
     stage(
