@@ -129,7 +129,7 @@ def overoptimisation(out: Path) -> None:
         axis.set_xlabel("√KL from the fine-tuned model, √nats")
     axes[0].set_title("hidden rubric")
     axes[1].set_title("reward model's score")
-    axes[1].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper right", fontsize=7)
     save(figure, "overoptimisation")
 
 

@@ -8,19 +8,21 @@ d (alpha - beta d) for best of n (Gao et al. 2022, section 3.1). Both forms are 
 
 ziegler: of all policies with the same KL, the one with the highest reward is proportional to
 pi_ref(y) exp(r(y) / beta) (Ziegler et al. 2019, figure 3). Samples of the fine-tuned model that
-are weighted so give this frontier, beside which the policy stands.
+are weighted so give this frontier, beside which the policy stands. A second comparison adds a
+multiple of its valence to the logit of every word, whatever stands before it.
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
+import model
 import ppo
-from data import report, toy
+from data import report, sentiment, toy
 from data.tokenizer import Codec
-from model import GPT, ScalarModel
+from model import GPT, ScalarModel, batches, token_logprobs
 
 import numpy as np
 import torch
@@ -90,6 +92,21 @@ def frontier(rewards: np.ndarray, beta: float) -> tuple[float, float]:
     return kl.mean(), (weights * rewards).sum(1).mean()
 
 
+@torch.no_grad()
+def favoured(sft: GPT, codec: Codec, prompts: list[list[int]], config: ppo.Config, weight: float):
+    """(KL, responses) if weight times a word's valence is added to its logit everywhere."""
+    n, valences, plain = codec.tokenizer.n_vocab, sentiment.valences(), model.head_logits
+    words = [codec.tokenizer.decode([token]) for token in range(n)]
+    liked = [valences.get(w[1:].lower(), 0.0) if w.startswith(" ") else 0.0 for w in words]
+    added = weight * config.temperature * torch.tensor(liked)
+    with mock.patch.object(model, "head_logits", lambda h, head: plain(h, head) + added):
+        responses = ppo.sample(sft, prompts, codec, config)
+        parts = list(batches(prompts, responses, config))
+        own = [token_logprobs(sft, batch, config.temperature)[0].sum() for batch in parts]
+    ref = [token_logprobs(sft, batch, config.temperature)[0].sum() for batch in parts]
+    return (sum(own) - sum(ref)).item() / len(prompts), responses
+
+
 def ziegler(n: int = 256, questions: int = 50) -> None:
     out = Path("out/sentiment")
     saved = json.loads((out / "ppo" / "config.json").read_text())
@@ -98,14 +115,19 @@ def ziegler(n: int = 256, questions: int = 50) -> None:
     texts = ppo.data.prompts(config.prompts, questions, 0, "test", held_out=config.eval_prompts)
     prompts = [codec.prompt(text) for text in texts[:questions] for _ in range(n)]
     responses = ppo.sample(sft, prompts, codec, config)
-    scores = ppo.score(ppo.load_reward_model(config, codec), prompts, responses, config)
+    reward = ppo.load_reward_model(config, codec)
+    scores = ppo.score(reward, prompts, responses, config)
     rewards = np.array(scores).reshape(-1, n)
     for beta in (1.0, 0.5, 0.3, 0.2, 0.15, 0.1):
-        kl, reward = frontier(rewards, beta)
-        print(f"best policy at beta {beta:g}: {reward:.2f} at {kl:.2f} nats")
+        kl, mean = frontier(rewards, beta)
+        print(f"best policy at beta {beta:g}: {mean:.2f} at {kl:.2f} nats")
+    for weight in (0.4, 0.6, 0.75, 1.0):
+        kl, answers = favoured(sft, codec, prompts[::16], config, weight)
+        mean = np.mean(ppo.score(reward, prompts[::16], answers, config))
+        print(f"valence times {weight:g} added to logits: {mean:.2f} at {kl:.2f} nats")
     best = report.best_of_n(responses, scores, n)
     for k, (_, top) in best.items():
-        print(f"best of {k}: {np.mean(top):.2f} at {math.log(k) - (k - 1) / k:.2f} nats")
+        print(f"best of {k}: {np.mean(top):.2f} at {report.best_of_n_kl(k):.2f} nats")
     for name, row in rows_of(out / "ppo").items():
         if name.startswith("ppo"):
             print(f"{name}: {row['score']:.2f} at {row['kl']:.2f} nats")
