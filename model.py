@@ -344,7 +344,7 @@ def head_logprobs(
     all_logprobs = head_logits(hidden / temperature, weight).log_softmax(-1)  # (n, V)
     logprobs = all_logprobs.gather(-1, tokens[:, None])[:, 0]
     with torch.no_grad():
-        entropy = -torch.linalg.vecdot(all_logprobs.exp(), all_logprobs)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
     return logprobs, entropy
 
 

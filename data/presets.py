@@ -1,7 +1,7 @@
 """Settings that replace a stage's defaults: python ppo.py --preset instructgpt.
 
-The defaults are for PPO in the toy world. What is typed comes before a preset. The first three are
-published settings for models and data of real size; the others are for the toy world.
+The defaults are for PPO in the toy world. Flags that you type override a preset. The first three
+are published settings for models and data of real size; the others are for the toy world.
 
 instructgpt  Ouyang et al. 2022, https://arxiv.org/abs/2203.02155
 tldr         Huang et al. 2024, The N+ Implementation Details of RLHF with PPO,
@@ -17,7 +17,7 @@ SFT = {
     "instructgpt": {"epochs": 2, "batch_size": 32, "lr": 1.04e-5, "pretrain_mix": 0.1},  # C.3, 6B
     "tldr": {"epochs": 1, "batch_size": 128, "lr": 3e-6},  # Huang et al. 2024
 }
-REWARD = {  # C.2, with K = 4 to 9, and Huang et al. 2024
+REWARD = {
     "dpo": {
         "objective": "dpo",
         "comparisons": "out/reward/comparisons.jsonl",
@@ -26,7 +26,9 @@ REWARD = {  # C.2, with K = 4 to 9, and Huang et al. 2024
         "epochs": 1,
         "lr": 3e-4,
     },
+    # C.2, with K = 4 to 9
     "instructgpt": {"responses": 9, "epochs": 1, "batch_size": 64, "lr": 9e-6, "cue": ""},
+    # Huang et al. 2024
     "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6, "cue": ""},
 }
 PPO = {

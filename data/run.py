@@ -76,7 +76,7 @@ def parse(config_class: type, presets: dict[str, dict], argv: list[str] | None =
         how: dict = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(f"--{field.name}", help=help, default=field.default, **how)
     if presets:
-        help = "other defaults, from the literature; flags of your own take precedence"
+        help = "other defaults (data/presets.py); flags that you type override them"
         parser.add_argument("--preset", default="toy", choices=["toy", *presets], help=help)
         parser.set_defaults(**presets.get(parser.parse_args(argv).preset, {}))
     flags = vars(parser.parse_args(argv))

@@ -16,8 +16,8 @@ from data.plot import draw, read_metrics
 import matplotlib
 import matplotlib.pyplot as plt
 import seeds
+from seeds import ROOT, rows_of
 
-ROOT = Path(__file__).parents[1]
 GOLD, SCORE, GREY = "#c8890a", "#3465a4", "#888888"
 STORY = {
     "base": "base\nmodel",
@@ -37,14 +37,9 @@ matplotlib.rcParams |= {
 }
 
 
-def rows_of(folder: Path) -> dict[str, dict]:
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return {row["model"]: row for row in rows}
-
-
 def pooled(rows: list[dict[str, dict]], model: str, key: str) -> tuple[float, float]:
     """The mean over the seeds and its 95 % half-width."""
-    found = [own[model] for own in rows if model in own and own[model][key] is not None]
+    found = [own[model] for own in rows]
     half_widths = [row.get(f"{key}_ci") or 0.0 for row in found]
     mean = sum(row[key] for row in found) / len(found)
     return mean, sum(h * h for h in half_widths) ** 0.5 / len(found)
@@ -63,9 +58,7 @@ def story(rows: list[dict[str, dict]]) -> None:
     figure, left = plt.subplots(figsize=(7.2, 3.0))
     right, places = left.twinx(), range(len(STORY))
     gold, score = ([pooled(rows, m, key) for m in STORY] for key in ("gold", "score"))
-    left.bar(
-        [x - 0.2 for x in places], *zip(*[(m, 0.38) for m, _ in gold], strict=True), color=GOLD
-    )
+    left.bar([x - 0.2 for x in places], [m for m, _ in gold], 0.38, color=GOLD)
     left.errorbar([x - 0.2 for x in places], *zip(*gold, strict=True), fmt="none", ecolor="black")
     low = min(m for m, _ in score) - 0.5
     heights = [m - low for m, _ in score]
@@ -156,7 +149,7 @@ def learning(folder: Path) -> None:
 
 
 def main() -> None:
-    outs = [Path("out") / f"seed{seed}" for seed in sys.argv[1:] or sys.exit(__doc__)]
+    outs = [ROOT / "out" / f"seed{seed}" for seed in sys.argv[1:] or sys.exit(__doc__)]
     rows = [rows_of(out / "compare") for out in outs]
     story(rows)
     win_rates(rows)

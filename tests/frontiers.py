@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import data
 import model
 import ppo
 from data import report, sentiment, toy
@@ -26,7 +27,7 @@ from model import GPT, ScalarModel, batches, token_logprobs
 
 import numpy as np
 import torch
-from seeds import BETAS
+from seeds import BETAS, ROOT, rows_of
 
 FORMS: dict[str, Callable] = {
     "d (alpha - beta log d)": np.log,  # of reinforcement learning
@@ -44,7 +45,7 @@ def fit(kl: Sequence[float], gain: Sequence[float], form: Callable) -> tuple[flo
 
 
 def best_of_many(out: Path, n: int = 256, questions: int = 64) -> list[dict]:
-    """For 2, 4, ..., n samples: the bound of the KL, the mean score and rubric."""
+    """For 1, 2, 4, ..., n samples: the bound of the KL, the mean score and rubric."""
     seed = int(out.name.removeprefix("seed"))
     config = ppo.Config(seed=seed, sft=str(out / "sft"))
     sft, codec = GPT.load(out / "sft").eval(), Codec.load(out / "sft")
@@ -61,15 +62,10 @@ def best_of_many(out: Path, n: int = 256, questions: int = 64) -> list[dict]:
     return report.best_of_n_curve(report.best_of_n(responses, scores, n), points)
 
 
-def rows_of(folder: Path) -> dict[str, dict]:
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return {row["model"]: row for row in rows}
-
-
 def gao(seeds: list[str]) -> None:
     """Fits to means over the seeds: of PPO's models by their penalty, of best of n by n."""
     found: dict[str, list[list[tuple[float, float]]]] = {"PPO": [], "best of n": []}
-    for out in (Path("out") / f"seed{seed}" for seed in seeds):
+    for out in (ROOT / "out" / f"seed{seed}" for seed in seeds):
         rows = rows_of(out / "compare") | rows_of(out / "curves")
         own = [rows[m] for m in ("ppo", "ppo_no_kl", *(f"ppo_beta{b}" for b in BETAS["ppo"]))]
         first, *curve = best_of_many(out)
@@ -93,27 +89,35 @@ def frontier(rewards: np.ndarray, beta: float) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def favoured(sft: GPT, codec: Codec, prompts: list[list[int]], config: ppo.Config, weight: float):
-    """(KL, responses) if weight times a word's valence is added to its logit everywhere."""
-    n, valences, plain = codec.tokenizer.n_vocab, sentiment.valences(), model.head_logits
+def favoured(
+    sft: GPT, codec: Codec, prompts: list[list[int]], config: ppo.Config, weight: float
+) -> tuple[float, list[list[int]]]:
+    """(KL, responses) if weight times a word's valence is added to its log-probability
+    everywhere, before the probabilities are made to sum to 1 again."""
+    n, T, plain = codec.tokenizer.n_vocab, config.temperature, model.head_logits
     words = [codec.tokenizer.decode([token]) for token in range(n)]
-    liked = [valences.get(w[1:].lower(), 0.0) if w.startswith(" ") else 0.0 for w in words]
-    added = weight * config.temperature * torch.tensor(liked)
-    with mock.patch.object(model, "head_logits", lambda h, head: plain(h, head) + added):
+    known = sentiment.valences()
+    liked = [known.get(word[1:].lower(), 0.0) if word.startswith(" ") else 0.0 for word in words]
+    added = weight * torch.tensor(liked)
+    # sampling divides by the temperature after the head, scoring before it
+    with mock.patch.object(model, "head_logits", lambda h, head: plain(h, head) + T * added):
         responses = ppo.sample(sft, prompts, codec, config)
-        parts = list(batches(prompts, responses, config))
-        own = [token_logprobs(sft, batch, config.temperature)[0].sum() for batch in parts]
-    ref = [token_logprobs(sft, batch, config.temperature)[0].sum() for batch in parts]
+    parts = list(batches(prompts, responses, config))
+    ref = [token_logprobs(sft, batch, T)[0].sum() for batch in parts]
+    with mock.patch.object(model, "head_logits", lambda h, head: plain(h, head) + added):
+        own = [token_logprobs(sft, batch, T)[0].sum() for batch in parts]
     return (sum(own) - sum(ref)).item() / len(prompts), responses
 
 
-def ziegler(n: int = 256, questions: int = 50) -> None:
-    out = Path("out/sentiment")
+def ziegler(n: int = 256) -> None:
+    out = ROOT / "out" / "sentiment"
     saved = json.loads((out / "ppo" / "config.json").read_text())
+    # null is nan: the score of a response that does not end, which is not needed here
     config = ppo.Config(**{name: value for name, value in saved.items() if value is not None})
     sft, codec = GPT.load(config.sft).eval(), Codec.load(config.sft)
-    texts = ppo.data.prompts(config.prompts, questions, 0, "test", held_out=config.eval_prompts)
-    prompts = [codec.prompt(text) for text in texts[:questions] for _ in range(n)]
+    count = config.eval_prompts
+    texts = data.prompts(config.prompts, count, config.seed, "test", held_out=count)
+    prompts = [codec.prompt(text) for text in texts for _ in range(n)]
     responses = ppo.sample(sft, prompts, codec, config)
     reward = ppo.load_reward_model(config, codec)
     scores = ppo.score(reward, prompts, responses, config)

@@ -9,6 +9,7 @@ A cell is the mean over the seeds; ± is the 95 % half-width over the prompts of
 score of each seed stands in brackets. A second table says what the training of a policy costs.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,11 +17,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RawHelp = argparse.RawDescriptionHelpFormatter
 COLUMNS = ("gold", "win_rate", "score", "kl", "pretraining_loss")
 TEXTS = ("length", "eos_rate", "repetition", "distinct_2")
 PARTS = tuple(f"gold/{part}" for part in ("form", "mood", "subject", "variety", "ending", "length"))
 
-LAST = {"sft.py": "samples.txt", "reward.py": "report.json", "ppo.py": "results.json"}
 FOLDERS = {  # flag: folder, for each script
     "sft.py": {"base": "base"},
     "reward.py": {"sft": "sft"},
@@ -38,8 +39,8 @@ PTX_COEF = 1
 
 
 def stage(out: Path, script: str, folder: str, *switches: str, **flags: object) -> None:
-    """Runs a script into a folder, unless that has been done; cost.json says what it took."""
-    if (out / folder / LAST[script]).exists():
+    """Runs a script into a folder. cost.json says what it took, and that it has been done."""
+    if (out / folder / "cost.json").exists():
         return
     values = {flag: out / name for flag, name in FOLDERS[script].items()} | flags
     given = [f"--{flag}={value}" for flag, value in values.items()]
@@ -113,22 +114,25 @@ def run_variants(out: Path) -> Path:
 
 
 def cost(outs: list[Path], method: str) -> tuple[float, float, float]:
-    """Responses that the reward model scores, seconds of training, and megabytes at most: means."""
+    """Responses that the reward model scores, seconds of training, peak megabytes: means."""
     rows = []
     for out in outs:
-        config = json.loads((out / method / "config.json").read_text())
-        whole = json.loads((out / method / "cost.json").read_text())
-        calls, seconds = 0, whole["seconds"]
+        alone = out / (method if method == "dpo" else f"{method}_short")
+        known = json.loads((alone / "cost.json").read_text())
+        calls, seconds = 0, known["seconds"]
         if method != "dpo":
-            whole = json.loads((out / f"{method}_short" / "cost.json").read_text())
-            calls, lines = config["batch_size"], (out / method / "metrics.jsonl").read_text()
-            steps = [json.loads(line) for line in lines.splitlines()]
-            tokens = [
-                calls * step["objective/length"] / step["tokens_per_second"] for step in steps
-            ]
-            seconds, calls = sum(tokens), calls * len(steps)
-        rows.append((calls, seconds, whole["megabytes"]))
+            B = json.loads((out / method / "config.json").read_text())["batch_size"]
+            lines = (out / method / "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line) for line in lines]
+            calls = B * len(steps)
+            seconds = sum(B * s["objective/length"] / s["tokens_per_second"] for s in steps)
+        rows.append((calls, seconds, known["megabytes"]))
     return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {row["model"]: row for row in rows}
 
 
 def cell(rows: list[dict], column: str) -> str:
@@ -146,25 +150,29 @@ def cell(rows: list[dict], column: str) -> str:
 
 def table(results: list[list[dict]], columns: tuple[str, ...], costs: dict | None = None) -> str:
     """A line for each model; costs: {title: {model: number}}, of the training of some of them."""
+    costs = costs or {}
     titles = [column.removeprefix("gold/").replace("_", " ") for column in columns]
-    titles += costs or {}
+    titles = [*titles, *costs]
     lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for rows in zip(*results, strict=True):
         name, cells = rows[0]["model"], [cell(list(rows), column) for column in columns]
-        numbers = [known.get(name) for known in (costs or {}).values()]
+        numbers = [known.get(name) for known in costs.values()]
         cells += ["" if number is None else f"{number:,.0f}" for number in numbers]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    seeds = [seed for seed in sys.argv[1:] if not seed.startswith("--")] or sys.exit(__doc__)
-    bf16 = "--bf16" in sys.argv
-    outs = [Path("out/bf16" if bf16 else "out") / f"seed{seed}" for seed in seeds]
-    made = run_variants if "--variants" in sys.argv else run_ppo if bf16 else run
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawHelp)
+    parser.add_argument("seeds", nargs="+", type=int)
+    for switch in ("curves", "variants", "bf16"):
+        parser.add_argument(f"--{switch}", action="store_true")
+    args = parser.parse_args()
+    outs = [ROOT / ("out/bf16" if args.bf16 else "out") / f"seed{seed}" for seed in args.seeds]
+    made = run_ppo if args.bf16 else run_variants if args.variants else run
     folders = [made(out) for out in outs]
-    results = [json.loads((folder / "results.json").read_text())["rows"] for folder in folders]
-    costs = {method: cost(outs, method) for method in POLICIES[: 0 if bf16 else None]}
+    results = [list(rows_of(folder).values()) for folder in folders]
+    costs = {method: cost(outs, method) for method in (() if args.bf16 else POLICIES)}
     titles = ("scores", "seconds", "megabytes")
     columns = {t: {m: found[i] for m, found in costs.items()} for i, t in enumerate(titles)}
     print(
@@ -174,9 +182,11 @@ def main() -> None:
     for name in reports[0]["pairs"]:
         shares = [report["pairs"][name][0] for report in reports]
         print(f"{name}: " + " / ".join(f"{share:.3f}" for share in shares))
-    if "--curves" in sys.argv:
+    if args.curves:
         for out in outs:
             run_curves(out)
+        results = [list(rows_of(out / "curves").values()) for out in outs]
+        print(table(results, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The programs that compare with published results, on numbers that were worked out by hand."""
 
-import json
 import math
+
+import ppo
+from data.tokenizer import Codec, get_tokenizer
+from model import GPT, GPTConfig, pack
 
 import frontiers
 import numpy as np
 import pytest
 import randomwalks
-import seeds
+import torch
 
 
 def test_graph_and_walks_are_those_of_trlx():
@@ -54,13 +57,23 @@ def test_the_frontier_by_hand():
     assert reward == pytest.approx((math.log(2) / 3 + 7) / 2)
 
 
-def test_what_training_costs_by_hand(tmp_path):
-    for method, seconds in (("ppo", 100), ("ppo_short", 7), ("dpo", 30)):
-        (tmp_path / method).mkdir()
-        cost = {"seconds": seconds, "megabytes": 2 * seconds}
-        (tmp_path / method / "cost.json").write_text(json.dumps(cost))
-        (tmp_path / method / "config.json").write_text(json.dumps({"batch_size": 64}))
-    steps = [{"objective/length": 40.0, "tokens_per_second": 1280.0}] * 3  # two seconds each
-    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-    assert seeds.cost([tmp_path], "ppo") == (192, 6, 14)
-    assert seeds.cost([tmp_path], "dpo") == (0, 30, 60)
+def test_a_favoured_word_is_sampled_and_scored_as_one_policy(monkeypatch):
+    codec = Codec(get_tokenizer("toy"), "{prompt}\n")
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(codec.tokenizer.n_vocab, 16, n_layer=1, n_head=1, n_embd=8)).eval()
+    config = ppo.Config(max_new_tokens=1, temperature=0.5)
+    monkeypatch.setattr(frontiers.sentiment, "valences", lambda: {"queen": 3.0})
+    n, prompt, (queen,) = 4000, codec.prompt("x"), codec.tokenizer.encode(" queen")
+    kl, responses = frontiers.favoured(gpt, codec, [prompt] * n, config, weight=2.0)
+    with torch.no_grad():
+        batch = pack([prompt], [[0]])
+        ref = (gpt.logits(gpt(batch)[batch.decided_at])[0] / 0.5).softmax(0)
+    own = ref.clone()
+    own[queen] *= math.exp(2 * 3)
+    own /= own.sum()
+    p = own[queen].item()
+    assert 0.05 < p < 0.95
+    drawn = sum(tokens == [queen] for tokens in responses) / n
+    assert abs(drawn - p) < 5.5 * math.sqrt(p * (1 - p) / n)
+    log_ratios = [(own[token] / ref[token]).log().item() for (token,) in responses]
+    assert kl == pytest.approx(np.mean(log_ratios), abs=1e-4)

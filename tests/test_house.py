@@ -42,10 +42,10 @@ LONGER = {  # the length that is allowed instead, and why
     "data/run.py": (410, "what a resumed run compares, and when a run is saved"),
     "data/report.py": (203, "a response token by token"),
     "product lines": (
-        6206,
+        6208,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (302_355, "the same"),
+    "product bytes": (302_348, "the same"),
 }
 
 

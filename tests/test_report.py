@@ -353,3 +353,15 @@ def test_the_table_of_several_seeds_by_hand():
     table = seeds.table([[row] for row in rows], ("kl",), costs).splitlines()
     assert table[0] == "| model | kl | scores | seconds |"
     assert table[2:] == ["| ppo | 2.12 | 2,816 |  |"]
+
+
+def test_what_training_costs_by_hand(tmp_path):
+    for method, seconds in (("ppo", 100), ("ppo_short", 7), ("dpo", 30)):
+        (tmp_path / method).mkdir()
+        cost = {"seconds": seconds, "megabytes": 2 * seconds}
+        (tmp_path / method / "cost.json").write_text(json.dumps(cost))
+        (tmp_path / method / "config.json").write_text(json.dumps({"batch_size": 64}))
+    steps = [{"objective/length": 40.0, "tokens_per_second": 1280.0}] * 3  # two seconds each
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    assert seeds.cost([tmp_path], "ppo") == (192, 6, 14)
+    assert seeds.cost([tmp_path], "dpo") == (0, 30, 60)
