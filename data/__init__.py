@@ -12,7 +12,7 @@ from data import records, toy
 # A thread of OpenMP that waits for the others spins, which takes the processor from them if the
 # machine is busy. These limits act only if torch is loaded after this file.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of libgomp, in rounds
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of libgomp, in rounds
     os.environ.setdefault("KMP_BLOCKTIME", "1")  # of libomp, in milliseconds
 
 TOY = "toy"

@@ -487,7 +487,7 @@ def test_a_file_of_the_same_name_earlier_on_the_path_is_named(stage, name, tmp_p
     assert result.stdout == "fine\n" or str(tmp_path / name) in result.stderr
 
 
-@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+@pytest.mark.parametrize("given, expected", [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
                                              ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")])  # fmt: skip
 def test_how_threads_wait_is_said_before_torch_is_loaded(given, expected):
     code = "import os, sys, data; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
