@@ -49,7 +49,7 @@ def best_of_many(out: Path, n: int = 256, questions: int = 64) -> list[dict]:
     seed = int(out.name.removeprefix("seed"))
     config = ppo.Config(seed=seed, sft=str(out / "sft"))
     sft, codec = GPT.load(out / "sft").eval(), Codec.load(out / "sft")
-    texts = [row["prompt"] for row in toy.prompts(questions, seed, "test")]
+    texts = data.prompts("toy", questions, seed, "test")
     prompts = [codec.prompt(text) for text in texts for _ in range(n)]
     responses = ppo.sample(sft, prompts, codec, config)
     reward_model = ScalarModel.load(out / "reward").eval()

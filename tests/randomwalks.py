@@ -1,6 +1,6 @@
 """The random walks of trlX as an example of `--reward`: short paths, learned from wandering ones.
 
-    python tests/randomwalks.py                # into out/walks; a minute or two on one core
+    python tests/randomwalks.py                # into out/walks; half a minute on one core
 
 The graph has 21 nodes, the letters a to u, and few edges; a walk ends when it reaches a. A model
 learns from 1,000 random walks, and PPO makes them short. A walk that takes an edge that does not

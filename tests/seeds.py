@@ -76,7 +76,7 @@ def run_ppo(out: Path) -> Path:
     """The front page's command, with the seed that the folder out is named after."""
     stage(out, "sft.py", "sft")
     stage(out, "reward.py", "reward")
-    policy(out, "ppo", "ppo")
+    stage(out, "ppo.py", "ppo")
     return out / "ppo"
 
 
@@ -84,7 +84,8 @@ def run(out: Path) -> Path:
     """The folder with the comparison of all methods."""
     run_ppo(out)
     for method in POLICIES:
-        policy(out, method, method)
+        if method != "ppo":
+            policy(out, method, method)
         if method != "dpo":  # the training alone, for its memory
             policy(out, method, f"{method}_short", *ALONE, iterations=6)
     return compared(out, "compare", ("ppo", "ppo_no_kl", *POLICIES[1:]))
