@@ -381,7 +381,7 @@ class HeadProduct(torch.autograd.Function):
 
 
 def centred(weight: Tensor) -> Tensor:
-    """A head in bf16 without its mean row, which is all but a constant in each row of logits."""
+    """A head in bf16 without its mean row, which adds no more than a constant to each row."""
     return weight if weight.dtype == torch.bfloat16 else (weight - weight.mean(0)).bfloat16()
 
 
@@ -525,8 +525,8 @@ def close_gaps(cache: Tensor, rows: list[int], ended: list[bool]) -> list[int]:
 def sampling_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
     """The network from which every process samples by itself: unsharded, and in eval mode.
 
-    The weights of its layers' products have autocast's precision by default, which would else cast
-    them anew for every token. It shares the weights that do not change.
+    The weights of its layers' products have autocast's precision by default, which would otherwise
+    cast them anew for every token. It shares the weights that do not change.
     """
     dtype = dtype or precision_of(model.head_weight)
     with torch.device("meta"):
@@ -999,7 +999,7 @@ def attention_results(qkv, do, new, cache, cu_seqlens, lengths, kind: torch.dtyp
 @dataclass
 class AskConfig:
     models: list  # folders of stages or of Hugging Face, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    prompt: str = ""  # answer this; default: ask at the terminal until it is empty
+    prompt: str = ""  # answer this; default: ask at the terminal until an empty line
     raw: bool = False  # continue the prompt as it is, without the template
     temperature: Rate = 1.0  # 0 takes the likeliest token
     top_k: Count = 0  # draw from the k likeliest tokens only; 0: from all
@@ -1020,7 +1020,7 @@ def load_any(source: str) -> GPT | ScalarModel:
 
 def ask(config: AskConfig) -> None:
     """Prints the answer of every model to every prompt; or exports the models."""
-    device, asked = resolve_device(config.device), 0
+    device = resolve_device(config.device)
     models = [(name, load_any(name).to(device), Codec.load(name)) for name in config.models]
     if config.export and len(models) > 1:
         raise UserError(f"--export {config.export} takes one model, not {len(models)}")
@@ -1031,7 +1031,8 @@ def ask(config: AskConfig) -> None:
             print(f"wrote {name} to {config.export}")
         elif isinstance(model, ScalarModel):
             raise UserError(f"{name} is a reward model; use --export, or reward.py --score FILE")
-    while not config.export and (prompt := config.prompt or input("> ")):
+    prompts = [config.prompt] if config.prompt else iter(lambda: input("> "), "")
+    for asked, prompt in enumerate([] if config.export else prompts):
         for name, model, codec in models:
             codec = Codec(codec.tokenizer, "{prompt}") if config.raw else codec
             tokens = codec.prompt(prompt, model.config.block_size - config.max_new_tokens)
@@ -1039,9 +1040,6 @@ def ask(config: AskConfig) -> None:
             limits = (config.max_new_tokens, codec.eos, config.temperature, config.top_k)
             (response,) = generate(model, [tokens], *limits, generator=seed)
             print(f"[{name}] " * (len(models) > 1) + printable(codec.text(response)))
-        if config.prompt:
-            break
-        asked += 1
 
 
 if __name__ == "__main__":

@@ -29,24 +29,10 @@ import data
 from data import processes, report
 from data.folders import claim, keep_apart
 from data.presets import PPO as PRESETS
-from data.processes import gather, generator, move, my_share, rank_key, shuffled
+from data.processes import gather, generator, mean_of_all, move, my_share, rank_key, shuffled
 from data.python_reward import RewardFunction
 from data.records import UserError
-from data.run import (
-    Count,
-    Free,
-    Input,
-    Positive,
-    Rate,
-    Run,
-    RunConfig,
-    Share,
-    check_choices,
-    command,
-    load_checkpoint,
-    name_unused,
-    program,
-)
+from data.run import Count, Free, Input, Positive, Rate, Run, RunConfig, Share, command, program
 from data.tokenizer import Codec, Pair, columns, documents
 from data.weights import check_finite, is_hugging_face
 from model import (
@@ -245,17 +231,14 @@ class Models:
             value_model = ScalarModel(policy, shared=config.value == "head")
         else:
             value_model = ScalarModel.load(config.reward_model)
-        networks = {"ref_policy": GPT.load(config.sft), "policy": policy}
-        networks |= {"value_model": value_model} if value_model else {}
-        networks |= {"average": copy.deepcopy(policy)} if config.ema_decay else {}
-        networks = {name: to_device(m, config).eval() for name, m in networks.items()}
+        ref_policy = GPT.load(config.sft)
+        average = copy.deepcopy(policy) if config.ema_decay else None
+        for network in filter(None, (ref_policy, policy, value_model, average)):
+            to_device(network, config).eval()
         texts = data.texts(config.texts, 4000, config.seed) if config.ptx_coef else []
-        return cls(
-            reward_model=load_reward_model(config, codec),
-            codec=codec,
-            documents=documents(texts, codec, policy.config.block_size),
-            **({"value_model": None, "average": None} | networks),
-        )
+        pages = documents(texts, codec, policy.config.block_size)
+        reward_model = load_reward_model(config, codec)
+        return cls(policy, ref_policy, reward_model, value_model, average, codec, pages)
 
 
 def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunction:
@@ -363,6 +346,7 @@ def update(
         for i in range(0, len(order), config.minibatch_size):
             chosen = order[i : i + config.minibatch_size]
             total, loss = int(rollout.lengths[chosen].sum()), 0.0
+            before = len(stats["policy/loss"])
             for batch, old in rollout.micro_batches(my_share(chosen), config):
                 n = len(batch.decided_at)
                 logprobs, entropy = token_logprobs(models.policy, batch, config.temperature)
@@ -390,10 +374,10 @@ def update(
             for name, norm in zip(("grad_norm", "value/grad_norm"), norms, strict=False):
                 stats[name].append(norm)
             if config.max_approx_kl:
-                latest = {"approx_kl": stats["policy/approx_kl"][-1:]}
-                if mean_across_ranks(latest)["approx_kl"] > config.max_approx_kl:
-                    return mean_across_ranks(stats)
-    return mean_across_ranks(stats)
+                latest = {"kl": stats["policy/approx_kl"][before:]}
+                if mean_of_all(latest)["kl"] > config.max_approx_kl:
+                    return mean_of_all(stats)
+    return mean_of_all(stats)
 
 
 @torch.no_grad()
@@ -420,16 +404,6 @@ def add_ptx_gradient(policy: GPT, drawn: list[Pair], config: Config) -> list[Ten
     return losses
 
 
-def mean_across_ranks(stats: dict[str, list[Tensor | float]]) -> dict[str, float]:
-    """The mean of what all processes have noted, by name."""
-    noted: dict[str, list[float]] = defaultdict(list)
-    mine = {name: torch.stack([*map(torch.as_tensor, stats[name])]).tolist() for name in stats}
-    for share in gather(mine):
-        for name, values in share.items():
-            noted[name] += values
-    return {name: sum(values) / len(values) for name, values in noted.items()}
-
-
 @torch.no_grad()
 def update_average(average: GPT, policy: GPT, decay: float) -> None:
     """average <- decay average + (1 - decay) policy, weight by weight (InstructGPT, C.4)."""
@@ -451,9 +425,8 @@ def train(config: Config) -> dict[str, GPT]:
     modules |= {"average": models.average} if models.average else {}
     optimizer = adam(learners)
     B, n, world = config.batch_size, config.eval_prompts, data.rubric(config.prompts)
-    texts = data.prompts(
-        config.prompts, config.iterations * B // config.samples, config.seed + 1, held_out=n
-    )
+    needed = config.iterations * B // config.samples
+    texts = data.prompts(config.prompts, needed, config.seed + 1, held_out=n)
     room = policy.config.block_size - config.max_new_tokens
     questions = [(text, codec.prompt(text, room)) for text in texts]
     claim(config.out, config.resume)
@@ -497,41 +470,46 @@ def token_by_token(models: Models, rollout: Rollout, config: Config) -> list[str
     """A table of all numbers about the first response, a line per token, after the update."""
     batch, own = next(rollout.micro_batches([0], config))
     logprobs, _ = token_logprobs(models.policy, batch, config.temperature)
-    columns = {"logprob": own.old_logprobs, "ref": own.ref_logprobs}
-    columns |= {"kl": own.old_logprobs - own.ref_logprobs, "reward": own.rewards}
-    columns |= {"value": own.old_values, "advantage": own.advantages, "return": own.returns}
-    columns |= {"ratio": (logprobs - own.old_logprobs).exp()}  # of the new policy to the old one
-    known = {name: x.tolist() for name, x in columns.items() if x is not None}
+    shown = {"logprob": own.old_logprobs, "ref": own.ref_logprobs}
+    shown |= {"kl": own.old_logprobs - own.ref_logprobs, "reward": own.rewards}
+    shown |= {"value": own.old_values, "advantage": own.advantages, "return": own.returns}
+    shown |= {"ratio": (logprobs - own.old_logprobs).exp()}  # of the new policy to the old one
+    known = {name: x.tolist() for name, x in shown.items() if x is not None}
     tokens = [repr(models.codec.tokenizer.decode([t])) for t in own.responses[0]]
     return report.token_table(tokens, known)
 
 
+CHOICES = {
+    "advantage": ("gae", "rloo", "grpo"),
+    "value": ("model", "head"),
+    "judge": ("gold", "human"),
+    "split": ("test", "dev"),
+}
+UNUSED = {"ptx_coef": ("texts",), "kl_target": ("kl_horizon",), "reward": ("reward_retries",)}
+
+
 def check_settings(config: Config) -> None:
     """UserError for a value that is unknown, or that contradicts another one."""
-    check_choices(config, CHOICES)
+    data.run.check_choices(config, CHOICES)
     if config.kl_target and (config.advantage == "grpo" or not config.kl_coef):
-        raise UserError(
-            "--kl_target adapts the penalty in the rewards: not 0 at first, not of grpo"
-        )
-    if config.batch_size < processes.rank_and_world()[1] * config.samples:
-        raise UserError(f"--batch_size {config.batch_size} is less than a prompt for each process")
-    if config.batch_size % config.samples:
-        raise UserError(
-            f"--batch_size {config.batch_size} is no multiple of --samples {config.samples}"
-        )
+        raise UserError("--kl_target adapts the penalty in rewards; give --kl_coef > 0, not grpo")
+    B, k, world = config.batch_size, config.samples, processes.rank_and_world()[1]
+    if B < world * k:
+        raise UserError(f"--batch_size {B} is less than a prompt for each process: {world * k}")
+    if B % k:
+        raise UserError(f"--batch_size {B} is no multiple of --samples {k}")
     if config.advantage != "gae" and config.samples < 2:
         raise UserError(f"--advantage {config.advantage} needs --samples 2 or more")
     if config.value_warmup and (config.advantage != "gae" or config.value == "head"):
         raise UserError("--value_warmup needs a value model of its own: --value model")
     for without, names in UNUSED.items():
         if not getattr(config, without):
-            name_unused(config, f"without --{without}", *names)
+            data.run.name_unused(config, f"without --{without}", *names)
 
 
 def check_reward_model(folder: str) -> None:
     """UserError for a reward model in mid-training, or one that is not better than chance."""
-    saved = load_checkpoint(folder)
-    last = [{}, *saved["metrics"]][-1]
+    last = [{}, *data.run.load_checkpoint(folder)["metrics"]][-1]
     if not {"accuracy", "accuracy_ci"} <= last.keys():
         raise UserError(f"{folder} is not trained to its end; continue with reward.py --resume")
     accuracy, half_width = last["accuracy"], last["accuracy_ci"]
@@ -547,11 +525,10 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     log_ratio = rollout.ref_logprobs - rollout.old_logprobs
     B, score, returns = len(rollout.prompts), rollout.scores.mean(), rollout.returns
     kl = -log_ratio.sum() / B  # k1: unbiased, and what the reward holds
-    k3 = kl_k3(rollout.old_logprobs, rollout.ref_logprobs).sum() / B
     found = {
         "objective/score": score,
         "objective/kl": kl,
-        "objective/kl_k3": k3,
+        "objective/kl_k3": kl_k3(rollout.old_logprobs, rollout.ref_logprobs).sum() / B,
         "objective/reward": score - kl_coef * kl,
         "objective/length": rollout.lengths.float().mean(),
         "objective/eos_rate": rollout.ended.mean(),
@@ -566,13 +543,6 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
-CHOICES = {
-    "advantage": ("gae", "rloo", "grpo"),
-    "value": ("model", "head"),
-    "judge": ("gold", "human"),
-    "split": ("test", "dev"),
-}
-UNUSED = {"ptx_coef": ("texts",), "kl_target": ("kl_horizon",), "reward": ("reward_retries",)}
 Tokens = list[list[int]]
 
 
@@ -692,7 +662,7 @@ def load_policies(config: Config) -> dict[str, GPT]:
         if folder.name in policies:
             raise UserError(f"--compare {config.compare}: two folders are called {folder.name}")
         policies[folder.name] = to_device(GPT.load(folder), config).eval()
-        if load_checkpoint(folder)["config"].get("ema_decay"):
+        if data.run.load_checkpoint(folder)["config"].get("ema_decay"):
             average = GPT.load(folder, average=True)
             policies[f"{folder.name}_ema"] = to_device(average, config).eval()
     return policies

@@ -222,8 +222,8 @@ def train(run: Run, model: Scorer, comparisons: Comparisons) -> None:
         run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})
 
 
-def center(model: ScalarModel, training: Comparisons, codec: Codec, config: Config) -> None:
-    """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
+def demonstrated(training: Comparisons, codec: Codec, config: Config, size: int) -> Comparisons:
+    """Demonstrations, or else the best-ranked responses of the comparisons."""
     if config.demonstrations or own_world(config):
         rows = data.demonstrations(config.demonstrations or config.prompts, 500, config.seed + 1)
     else:
@@ -233,7 +233,14 @@ def center(model: ScalarModel, training: Comparisons, codec: Codec, config: Conf
             for text, rank in zip(c.record["responses"], c.record["ranks"], strict=True)
             if rank == min(c.record["ranks"])
         ]
-    scores = score_all(model, tokenised(rows, codec, model.gpt.config.block_size), config)
+    if found := tokenised(rows, codec, size):
+        return found
+    raise UserError(f"--demonstrations {config.demonstrations}: none fits into {size} tokens")
+
+
+def center(model: ScalarModel, demonstrations: Comparisons, config: Config) -> None:
+    """Shifts the head's bias so that demonstrations score 0 on average (InstructGPT, C.2)."""
+    scores = score_all(model, demonstrations, config)
     with torch.no_grad():
         model.head.bias -= sum(score for (score,) in scores) / len(scores)
 
@@ -325,8 +332,8 @@ def main(config: Config) -> dict:
         raise UserError(f"--objective {config.objective} is unknown; choose reward or dpo")
     keep_apart(config, {"out": config.out})
     if config.comparisons:
-        sampling = ("policy", "prompts", "toy_prompts", "responses", "temperature", "noise")
-        name_unused(config, "with --comparisons", *sampling)
+        sampling = ("policy", "prompts", "toy_prompts", "responses", "temperature")
+        name_unused(config, "with --comparisons", *sampling, "max_new_tokens", "noise")
     gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
     codec.check_vocabulary(gpt.config.vocab_size)
     comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
@@ -334,22 +341,23 @@ def main(config: Config) -> dict:
     if not any(c.decides for c in training):
         raise UserError("no response is better than another: ties alone teach nothing")
     torch.manual_seed(seed_of(config.seed, "head"))
-    if config.objective == "dpo":
+    stage, shown = config.objective, []
+    if stage == "dpo":
         reference = to_device(GPT.load(config.init or config.sft), config)
         learner = to_device(gpt, config)
         model = ImplicitReward(learner, reference, config.beta)
     else:
+        shown = demonstrated(training, codec, config, gpt.config.block_size)
         start_from_cue(gpt, codec, config.cue)
         model = learner = to_device(ScalarModel(gpt), config)
     optimizer = adam([(learner, config.lr)])
     if config.comparisons:
         claim(config.out, config.resume)
     read = {} if config.comparisons else {"comparisons": f"{config.out}/comparisons.jsonl"}
-    stage = config.objective
     run = Run(stage, config, config.out, gpt.config, codec, optimizer, read, model=learner)
     train(run, model, training)
     if stage == "reward" and "accuracy" not in run.metrics[-1]:  # it was not centered before
-        center(model, training, codec, config)
+        center(model, shown, config)
     found = measure(model, training, held_out, run)
     accuracy, accuracy_ci, _ = found["pairs"]["reward model, held-out comparisons"]
     run.amend({"accuracy": accuracy, "accuracy_ci": accuracy_ci})  # ppo.py asks for them
@@ -359,8 +367,8 @@ def main(config: Config) -> dict:
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
-    command = f"ppo.py --compare {config.out}" if stage == "dpo" else "ppo.py"
-    print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {command}")
+    following = f"ppo.py --compare {config.out}" if stage == "dpo" else "ppo.py"
+    print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {following}")
     print(f"curves: python -m data.plot {config.out}")
     return run.metrics[-1]
 

@@ -114,7 +114,7 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
 def train(
     run: Run, held_out: Pairs, pairs: Pairs, epochs: int, batch_size: int, asked: list[str]
 ) -> dict:
-    """Trains on pairs; measures the held-out loss and samples answers about eight times."""
+    """Trains on pairs; after each quarter, measures the held-out loss and samples answers."""
     config, model = run.config, run.modules["model"]
     steps = epochs * steps_per_epoch(pairs, batch_size)
     for step in run.steps(steps):
@@ -132,7 +132,7 @@ def train(
         run.log({"loss": loss, "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"]})
         if run.stage == "sft" and config.reward_model and (step + 1) % (steps // epochs) == 0:
             judge_epoch(run, held_out)
-        if step % max(1, steps // 8) == 0 or step == steps - 1:
+        if step % max(1, steps // 4) == 0 or step == steps - 1:
             run.log({"held_out_loss": mean_loss(model, held_out, config)})
             answers = answer(run, [run.codec.prompt(text) for text in asked], step)
             for text, tokens in zip(asked, answers, strict=True):

@@ -31,6 +31,11 @@ REWARD = {
     # Huang et al. 2024
     "tldr": {"responses": 2, "epochs": 1, "batch_size": 64, "lr": 3e-6, "cue": ""},
 }
+# a million episodes, four passes over 512 at a time: tldr and sentiment
+MILLION = {"iterations": 1953, "batch_size": 512, "minibatch_size": 512, "ppo_epochs": 4}
+MILLION |= {"warmup": 0, "temperature": 0.7, "ema_decay": 0.0}
+# several responses to a prompt: rloo and grpo
+GROUPED = {"iterations": 44, "ppo_epochs": 2, "lr": 1.2e-3, "ablation": False}
 PPO = {
     "instructgpt": {  # C.4; PPO-ptx with --ptx_coef 27.8
         "iterations": 500,  # 256,000 episodes
@@ -45,53 +50,18 @@ PPO = {
         "ptx_ratio": 8.0,
         "max_new_tokens": 1000,
     },
-    "tldr": {  # a million episodes
-        "iterations": 1953,
-        "batch_size": 512,
-        "minibatch_size": 512,
-        "ppo_epochs": 4,
-        "lr": 3e-6,
-        "value_lr": 3e-6,
-        "warmup": 0,
-        "kl_coef": 0.05,
-        "temperature": 0.7,
-        "max_new_tokens": 53,
-        "ema_decay": 0.0,
-    },
-    "rloo": {
-        "advantage": "rloo",
-        "samples": 4,
-        "iterations": 44,
-        "ppo_epochs": 2,
-        "lr": 1.2e-3,
-        "out": "out/rloo",
-        "ablation": False,
-    },
-    "grpo": {
-        "advantage": "grpo",
-        "samples": 8,
-        "iterations": 44,
-        "ppo_epochs": 2,
-        "lr": 1.2e-3,
-        "kl_coef": 0.1,
-        "out": "out/grpo",
-        "ablation": False,
-    },
-    "sentiment": {  # launch.py, a million episodes
-        "iterations": 1953,
-        "batch_size": 512,
-        "minibatch_size": 512,
-        "ppo_epochs": 4,
+    "tldr": {**MILLION, "lr": 3e-6, "value_lr": 3e-6, "kl_coef": 0.05, "max_new_tokens": 53},
+    "rloo": {**GROUPED, "advantage": "rloo", "samples": 4, "out": "out/rloo"},
+    "grpo": {**GROUPED, "advantage": "grpo", "samples": 8, "kl_coef": 0.1, "out": "out/grpo"},
+    "sentiment": {  # launch.py
+        **MILLION,
         "lr": 1e-5,
         "value_lr": 1e-5,
-        "warmup": 0,
         "value": "head",
         "vf_coef": 0.1,
         "kl_coef": 0.15,
         "kl_target": 6.0,
-        "temperature": 0.7,
         "max_new_tokens": 24,
         "missing_eos_score": math.nan,  # all its continuations have 24 tokens
-        "ema_decay": 0.0,
     },
 }

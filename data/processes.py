@@ -146,6 +146,16 @@ def gather(mine: object) -> list:
     return values
 
 
+def mean_of_all(noted: dict[str, list[Tensor | float]]) -> dict[str, float]:
+    """The mean of what all processes have noted, by name; a name without numbers is left out."""
+    mine = {k: torch.stack([*map(torch.as_tensor, x)]).tolist() for k, x in noted.items() if x}
+    found: dict[str, list[float]] = {}
+    for share in gather(mine):
+        for name, values in share.items():
+            found[name] = found.get(name, []) + values
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Sums gradients over the processes; those of a sharded network are sums already."""
     if rank_and_world()[1] > 1 and not isinstance(parameters[0], DTensor):

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.records import UserError
@@ -31,7 +32,7 @@ class RewardFunction:
         self.path, self.codec, self.retries = Path(path).resolve(), codec, retries
         if not path.endswith(".py") or not self.path.is_file():
             raise UserError(f"--reward {place}: no Python file; expected path.py:function")
-        with FaultsOf(self.path):
+        with faults_of(self.path):
             self.function = getattr(import_file(self.path), self.name, None)
         if not callable(self.function):
             raise UserError(f"--reward {place}: the file has no function {self.name!r}")
@@ -42,7 +43,7 @@ class RewardFunction:
         pairs = [x.split([len(x) - n, n]) for x, n in zip(sequences, lengths, strict=True)]
         prompts = [self.codec.text(prompt.tolist()) for prompt, _ in pairs]
         texts = [self.codec.text(response.tolist()) for _, response in pairs]
-        with FaultsOf(self.path):
+        with faults_of(self.path):
             returned = self.call(texts, prompts)
         scores = numbers(returned)
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
@@ -67,18 +68,15 @@ class RewardFunction:
             time.sleep(2**attempt)
 
 
-class FaultsOf:
+@contextmanager
+def faults_of(path: Path) -> Iterator[None]:
     """Inside, whatever a user's file raises becomes a UserError with the file and the line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if isinstance(error, Exception | SystemExit):
-            raise UserError(where(error, self.path)) from error
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(where(error, path)) from error
 
 
 def where(error: BaseException, path: Path) -> str:

@@ -46,7 +46,7 @@ class RunConfig:
     max_tokens: Free[Positive] = 16384  # tokens in one network pass: lower it when memory runs out
     recompute: Free[bool] = False  # recompute activations in the backward pass: less memory, slower
     shard: Free[bool] = False  # spread weights, gradients and optimiser over torchrun's processes
-    save_every: Free[Count] = 0  # steps between checkpoints; 0: as often as costs 5 % of the time
+    save_every: Free[Count] = 0  # steps between checkpoints; 0: as often as costs 2 % of the time
     resume: Free[bool] = False  # continue the run in --out from its last checkpoint, bit for bit
 
     def __post_init__(self) -> None:
@@ -165,12 +165,9 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
     return tqdm(desc=title, total=total, ncols=80, bar_format=layout, **options)
 
 
-INSTEAD = {  # of resuming a run with other settings
-    "base": "fine-tune it as it is: --init {}",
-    "sft": "train it further: --init {} --out NEW",
-    "dpo": "train it further: --init {} --out NEW",
-    "ppo": "train it further: --init {} --out NEW",
-}
+# of resuming a run with other settings
+INSTEAD = dict.fromkeys(("sft", "dpo", "ppo"), "train it further: --init {} --out NEW")
+INSTEAD["base"] = "fine-tune it as it is: --init {}"
 FORMAT = 2  # of checkpoint.pt
 KEYS = {"stage": str, "config": dict, "gpt": dict, "codec": dict, "step": int, "metrics": list}
 KEYS |= {"samples": str, "inputs": dict, "resolved": dict, "model": dict, "training": dict}
@@ -301,7 +298,7 @@ class Run:
                 )
             print(f"--reward {ours[name]} has changed since {self.folder} was saved")
         now = self.resolved["processes"]
-        if (were := theirs.get("processes", now)) != now:
+        if str(were := theirs.get("processes", now)) != str(now):
             print(f"{were} processes before, {now} now: sampling draws other random numbers")
 
     def save(self, by_itself: bool = False) -> None:
@@ -342,10 +339,10 @@ class Run:
             self.save(by_itself=True)
 
     def is_due(self) -> bool:
-        """Whether to save now: that costs at most 5 % of the time, or ten minutes have passed."""
+        """Whether to save now: that costs at most 2 % of the time, or ten minutes have passed."""
         if self.config.save_every:
             return self.step % self.config.save_every == 0
-        return time.monotonic() - self.saved_at >= min(20 * self.saving, 600)
+        return time.monotonic() - self.saved_at >= min(50 * self.saving, 600)
 
     def steps(self, total: int) -> Iterator[int]:
         """The remaining steps, with a progress bar; a step's metrics are written when it ends."""

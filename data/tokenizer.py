@@ -55,10 +55,8 @@ class Codec:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UserError unless a model of this vocabulary can read the tokens."""
-        if self.tokenizer.n_vocab != vocab_size:
-            own = (
-                f"the tokenizer has {self.tokenizer.n_vocab} tokens and the model has {vocab_size}"
-            )
+        if (n := self.tokenizer.n_vocab) != vocab_size:
+            own = f"the tokenizer has {n} tokens and the model has {vocab_size}"
             raise UserError(f"{own}; they belong to different models")
 
     def state_dict(self) -> dict:
@@ -118,7 +116,7 @@ def columns(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2", one that is shipped in this folder, or that of a `.tiktoken` file."""
+    """The tokenizer "gpt2", "toy", or that of a `.tiktoken` file."""
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -126,11 +124,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             wrong = f"GPT-2's vocabulary cannot be loaded ({type(error).__name__})"
             remedy = "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
             raise FileNotFoundError(f"{wrong}; without a network, {remedy}") from error
-    shipped = {path.stem: path for path in Path(__file__).parent.glob("*.tiktoken")}
-    path = shipped.get(name, Path(name))
+    path = {"toy": Path(__file__).with_name("toy.tiktoken")}.get(name, Path(name))
     if path.suffix != ".tiktoken":
-        names = ", ".join(["gpt2", *sorted(shipped)])
-        raise UserError(f"tokenizer {name!r}; expected {names} or the path of a .tiktoken file")
+        raise UserError(f"tokenizer {name!r}; expected gpt2, toy or the path of a .tiktoken file")
     try:
         return build(path.name, PATTERN, parse_ranks(path.read_text("ascii")))
     except ValueError as error:

@@ -20,7 +20,7 @@ SOURCES += ("data/run.py", "data/report.py", "data/records.py")
 TESTS = ("ppo", "reward", "sft", "report", "model", "pipeline", "closed_form", "many", "self_check")
 TESTS += ("run", "data", "labeler", "toy", "weights", "tokenizer")  # those that run the sources
 MAP = Path(__file__).parents[1] / "out" / "lines_of_tests.json"
-FLAGS = ("-p", "no:cacheprovider", "--hypothesis-seed=0")
+FLAGS = ("-n0", "-p", "no:cacheprovider", "--hypothesis-seed=0")
 CONTEXT = "MISTAKES_CONTEXT"  # an environment variable, so that the tests' processes know it too
 SETTINGS = f"[run]\nparallel = true\nrelative_files = true\ncontext = ${{{CONTEXT}-}}\n"
 measured: dict[str, float] = {}  # seconds of tests, and of fixtures that tests share

@@ -222,14 +222,15 @@ def test_precision_and_attention_are_compared_as_resolved(tmp_path):
             make_run(replace(config, resume=True))
 
 
-def test_another_number_of_processes_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("were", [4, torch.zeros(3)])  # a file may hold anything
+def test_another_number_of_processes_is_one_line(were, tmp_path, capsys):
     config = config_of(tmp_path / "out")
     train(config, 1)
     saved = load_checkpoint(config.out)
-    saved["resolved"]["processes"] = 4
+    saved["resolved"]["processes"] = were
     torch.save(saved, tmp_path / "out/checkpoint.pt")
     make_run(replace(config, resume=True))
-    words = "4 processes before, 1 now: sampling draws other random numbers"
+    words = f"{were} processes before, 1 now: sampling draws other random numbers"
     assert words in capsys.readouterr().out
 
 
@@ -280,14 +281,14 @@ def test_a_fingerprint_is_of_what_decides_numbers(tiny_base, tmp_path):
 # ---- when it is saved
 
 
-def test_saving_costs_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+def test_saving_costs_a_fiftieth_of_the_time_at_most(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(torch, "save", lambda *_: clock.__setitem__(0, clock[0] + 0.5))
     trained = make_run(config_of(tmp_path / "out"))
     assert trained.is_due()  # after the first step: what a save costs is not known before
     trained.save()
-    for seconds, due in ((0.0, False), (9.9, False), (10.0, True), (700.0, True)):
+    for seconds, due in ((0.0, False), (24.9, False), (25.0, True), (700.0, True)):
         clock[0] = 0.5 + seconds
         assert trained.is_due() == due
     trained.saving = 60.0  # a large model: every ten minutes

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import data
 import ppo
 from data import toy
-from data.processes import generator, shuffled
+from data.processes import generator, mean_of_all, shuffled
 from data.records import UserError, printable, save_records
 from data.run import Run
 from data.tokenizer import Codec, documents, get_tokenizer
@@ -264,6 +264,30 @@ def test_a_limit_on_the_kl_ends_an_update_after_the_step_that_exceeds_it(limit, 
     optimizer = adam([(models.policy, 0.1), (models.value_model, 0.1)])
     stats = ppo.update(models, optimizer, rollout, config, 1.0, (0, "ppo", 0))
     assert len(taken) == steps and stats["policy/approx_kl"] > 1e-6
+
+
+def test_the_limit_concerns_all_passes_of_the_latest_minibatch(monkeypatch):
+    """Three responses take three passes here: the limit is compared with their mean."""
+    models, given, mean = tiny_models(), [], ppo.mean_of_all
+    monkeypatch.setattr(ppo, "mean_of_all", lambda x: given.append(dict(x)) or mean(x))
+    flags = {"minibatch_size": 3, "ppo_epochs": 2, "max_approx_kl": 1e9, "max_tokens": 1}
+    config, rollout = ppo.Config(device="cpu", **flags), made_rollout()
+    optimizer = adam([(models.policy, 0.1), (models.value_model, 0.1)])
+    ppo.update(models, optimizer, rollout, config, 1.0, (0, "ppo", 0))
+    first, second, both = (next(x for name, x in g.items() if "kl" in name) for g in given)
+    assert len(first) == len(second) == 3 and both == first + second
+
+
+def test_what_no_process_has_noted_has_no_mean():
+    assert mean_of_all({"a": [1.0, tensor(2.0)], "b": []}) == {"a": 1.5}
+
+
+def test_a_minibatch_may_have_no_documents():
+    config = ppo.Config(ptx_coef=1.0, ptx_ratio=0.0, minibatch_size=2, device="cpu")
+    models = replace(tiny_models(), documents=[([1], [2, 3])])
+    optimizer = adam([(models.policy, 0.1), (models.value_model, 0.1)])
+    stats = ppo.update(models, optimizer, made_rollout(), config, 1.0, (0, "ppo", 0))
+    assert "ptx/loss" not in stats and "policy/loss" in stats
 
 
 @pytest.fixture

@@ -420,7 +420,7 @@ def test_without_demonstrations_the_best_ranked_score_zero(tiny_base):
     ]
     comparisons = reward.tokenised(records, codec, 256)
     config = reward.Config(comparisons="x", device="cpu")
-    reward.center(model, comparisons, codec, config)
+    reward.center(model, reward.demonstrated(comparisons, codec, config, 256), config)
     (_, best, _), (one, other, _) = reward.score_all(model, comparisons, config)
     assert best + one + other == pytest.approx(0, abs=1e-5)
 
@@ -439,10 +439,22 @@ def test_demonstrations_that_are_no_part_of_the_training_score_zero(
     model, codec, asked = ScalarModel(GPT.load(tiny_base)).eval(), Codec.load(tiny_base), []
     rows = [{"prompt": "Why?", "response": text} for text in ("a b", "c", "d!")]
     monkeypatch.setattr(data, "demonstrations", lambda *x: asked.append(x) or rows)
-    reward.center(model, [], codec, reward.Config(device="cpu", **flags))
+    config = reward.Config(device="cpu", **flags)
+    reward.center(model, reward.demonstrated([], codec, config, 256), config)
     assert asked == [(source, 500, 5)]
     batch = pack([codec.prompt("Why?")] * 3, [codec.response(row["response"]) for row in rows])
     assert model.score(batch).mean().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_demonstrations_that_do_not_fit_end_the_run_before_the_training(tiny_base, tmp_path):
+    save_records(tmp_path / "d.jsonl", [{"prompt": "Why?", "response": "because " * 300}])
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 2]} for i in range(4)]
+    save_records(tmp_path / "c.jsonl", rows)
+    files = {name: str(tmp_path / f"{name[0]}.jsonl") for name in ("demonstrations", "comparisons")}
+    config = reward.Config(out=str(tmp_path / "reward"), sft=tiny_base, device="cpu", **files)
+    with pytest.raises(UserError, match="d.jsonl: none fits into 256 tokens"):
+        reward.main(config)
+    assert not (tmp_path / "reward").exists()
 
 
 def test_five_hundred_prompts_are_enough_to_centre(tiny_base, monkeypatch):
@@ -453,7 +465,8 @@ def test_five_hundred_prompts_are_enough_to_centre(tiny_base, monkeypatch):
     record = {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}
     training = [reward.Comparison(record | {"prompt": f"p{i}"}, []) for i in range(502)]
     before = model.head.bias.item()
-    reward.center(model, training, codec, reward.Config(comparisons="x"))
+    config = reward.Config(comparisons="x")
+    reward.center(model, reward.demonstrated(training, codec, config, 256), config)
     (rows,) = scored
     assert [c.record["prompt"] for c in rows] == [f"p{i}" for i in range(500)]
     assert {c.record["response"] for c in rows} == {"b"}

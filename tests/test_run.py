@@ -63,7 +63,7 @@ def test_help_holds_the_comments_and_defaults(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Stage 1: supervised fine-tuning on demonstrations (InstructGPT, section 3.5)" in shown
     assert "--n_layer N_LAYER transformer blocks (default: 2)" in shown
-    steps = "steps between checkpoints; 0: as often as costs 5 % of the time (default: 0)"
+    steps = "steps between checkpoints; 0: as often as costs 2 % of the time (default: 0)"
     assert f"--save_every SAVE_EVERY {steps}" in shown
     assert "--out OUT run folder of the fine-tuned model (default: 'out/sft')" in shown
 
