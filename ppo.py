@@ -492,10 +492,10 @@ def check_settings(config: Config) -> None:
     """UserError for a value that is unknown, or that contradicts another one."""
     data.run.check_choices(config, CHOICES)
     if config.kl_target and (config.advantage == "grpo" or not config.kl_coef):
-        raise UserError("--kl_target adapts the penalty in rewards; give --kl_coef > 0, not grpo")
+        raise UserError("--kl_target adapts the penalty in rewards: --kl_coef > 0, and no grpo")
     B, k, world = config.batch_size, config.samples, processes.rank_and_world()[1]
     if B < world * k:
-        raise UserError(f"--batch_size {B} is less than a prompt for each process: {world * k}")
+        raise UserError(f"--batch_size {B} is too small: {world} processes need {world * k}")
     if B % k:
         raise UserError(f"--batch_size {B} is no multiple of --samples {k}")
     if config.advantage != "gae" and config.samples < 2:

@@ -223,7 +223,7 @@ def train(run: Run, model: Scorer, comparisons: Comparisons) -> None:
 
 
 def demonstrated(training: Comparisons, codec: Codec, config: Config, size: int) -> Comparisons:
-    """Demonstrations, or else the best-ranked responses of the comparisons."""
+    """Demonstrations, or else the best-ranked responses. UserError if none fits into `size`."""
     if config.demonstrations or own_world(config):
         rows = data.demonstrations(config.demonstrations or config.prompts, 500, config.seed + 1)
     else:

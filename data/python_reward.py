@@ -73,9 +73,9 @@ def faults_of(path: Path) -> Iterator[None]:
     """Inside, whatever a user's file raises becomes a UserError with the file and the line."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise UserError(where(error, path)) from error
 
 
