@@ -577,8 +577,9 @@ def clip_and_step(
     groups, whole = optimizer.param_groups, processes.whole
     processes.sum_gradients([p for group in groups for p in group["params"]])
     gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in groups]
-    norms = [whole(nn.utils.get_total_norm(found)) for found in gradients]
-    numbers = [torch.as_tensor(loss, device=norms[0].device), *norms]
+    device = groups[0]["params"][0].device  # without gradients, their norm is a 0 on the CPU
+    norms = [send(whole(nn.utils.get_total_norm(found)), device) for found in gradients]
+    numbers = [torch.as_tensor(loss, device=device), *norms]
     # here the CPU waits for the device, once in a step
     loss, *numbers = torch.stack([x.float() for x in numbers]).tolist()
     loss = sum(gather(loss))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated
 
 import data
-from data import processes, report
+from data import labeler, processes, report
 from data.folders import claim, keep_apart
 from data.presets import PPO as PRESETS
 from data.processes import gather, generator, mean_of_all, move, my_share, rank_key, shuffled
@@ -235,7 +235,13 @@ class Models:
         average = copy.deepcopy(policy) if config.ema_decay else None
         for network in filter(None, (ref_policy, policy, value_model, average)):
             to_device(network, config).eval()
-        texts = data.texts(config.texts, 4000, config.seed) if config.ptx_coef else []
+        texts = []
+        if config.ptx_coef:
+            texts = data.texts_to_mix(config.texts, 4000, config.seed, config.prompts)
+            if not texts:
+                raise UserError(f"--ptx_coef with --prompts {config.prompts} needs --texts <file>")
+        if config.init:
+            codec.check_same(config.init)
         pages = documents(texts, codec, policy.config.block_size)
         reward_model = load_reward_model(config, codec)
         return cls(policy, ref_policy, reward_model, value_model, average, codec, pages)
@@ -244,6 +250,7 @@ class Models:
 def load_reward_model(config: Config, codec: Codec) -> ScalarModel | RewardFunction:
     if config.reward:
         return RewardFunction(config.reward, codec, config.reward_retries)
+    codec.check_same(config.reward_model)
     return to_device(ScalarModel.load(config.reward_model), config).eval()
 
 
@@ -341,6 +348,7 @@ def update(
     stats: dict[str, list[Tensor | float]] = defaultdict(list)
     # Adam is scale-invariant, so a weight between losses that share no parameter hardly matters
     vf_coef = config.vf_coef if config.value == "head" else 1.0
+    policy_learns = key[-1] >= config.value_warmup
     for epoch in range(config.ppo_epochs):
         order = shuffled(range(len(rollout.prompts)), *key, epoch)
         for i in range(0, len(order), config.minibatch_size):
@@ -353,7 +361,7 @@ def update(
                 pg_loss = policy_loss(logprobs, old.old_logprobs, old.advantages, config.cliprange)
                 if config.advantage == "grpo":
                     pg_loss = pg_loss + config.kl_coef * kl_k3(logprobs, old.ref_logprobs).mean()
-                if key[-1] >= config.value_warmup:
+                if policy_learns:
                     (pg_loss * (n / total)).backward()  # frees the graph before the value pass
                 found = {"policy/loss": pg_loss, "policy/entropy": entropy.mean()}
                 if models.value_model:
@@ -366,7 +374,7 @@ def update(
                     found |= ratio_statistics(logprobs, old.old_logprobs, config.cliprange)
                     for name, x in found.items():
                         stats[name].append(x.detach())
-            if config.ptx_coef:
+            if config.ptx_coef and policy_learns:
                 n = math.ceil(config.ptx_ratio * len(chosen))
                 drawn = shuffled(models.documents, *key, epoch, i, "ptx")[:n]
                 stats["ptx/loss"] += add_ptx_gradient(models.policy, drawn, config)
@@ -505,6 +513,19 @@ def check_settings(config: Config) -> None:
     for without, names in UNUSED.items():
         if not getattr(config, without):
             data.run.name_unused(config, f"without --{without}", *names)
+    if config.advantage != "gae":
+        value = ("value", "value_lr", "cliprange_value", "vf_coef", "gamma", "lam")
+        data.run.name_unused(config, f"with --advantage {config.advantage}", *value)
+    if config.reward:
+        data.run.name_unused(config, "with --reward", "reward_model", "trust")
+    if config.reward and not math.isnan(config.missing_eos_score):
+        score = f"--missing_eos_score {config.missing_eos_score}"
+        print(f"a response that does not end gets {score} (nan: what --reward returns)")
+    for folder in map(Path, config.compare.split(",") if config.compare else [config.out]):
+        if folder.name in ROWS:
+            raise UserError(f"{folder}: the comparison has a row {folder.name}; rename the folder")
+    if config.compare and Path(config.out, "checkpoint.pt").exists():
+        raise UserError(f"--out {config.out} holds a run; --compare needs another one: --out <new>")
 
 
 def check_reward_model(folder: str) -> None:
@@ -543,6 +564,7 @@ def summary(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 # The comparison: every model answers the same held-out prompts
 
 BEST_OF = 16
+ROWS = ("base", "prompted", "sft", "sft_greedy", f"best_of_{BEST_OF}")
 Tokens = list[list[int]]
 
 
@@ -623,7 +645,10 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
 
     # who answers: a model by itself; or (None) by a search, or after another prompt
     answers: dict[str, tuple[Tokens, GPT | None]] = {}
-    if base := load_base(config, codec):
+    base = load_base(config, codec)
+    if config.judge == "human":
+        labeler.check_number(3 + bool(base) * (1 + bool(world)) + len(policies))
+    if base:
         base = to_device(base, config).eval()
         answers["base"] = sample(base, prompts, codec, config), base
         if world:
@@ -657,12 +682,17 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
 
 def load_policies(config: Config) -> dict[str, GPT]:
     """The policies of --compare by their folders' names, each with its average if it has one."""
-    policies = {}
+    policies, codec = {}, Codec.load(config.sft)
     for folder in map(Path, config.compare.split(",")):
         if folder.name in policies:
             raise UserError(f"--compare {config.compare}: two folders are called {folder.name}")
+        codec.check_same(folder)
         policies[folder.name] = to_device(GPT.load(folder), config).eval()
-        if data.run.load_checkpoint(folder)["config"].get("ema_decay"):
+        theirs = data.run.load_checkpoint(folder)["config"]
+        n, same = theirs.get("eval_prompts", math.inf), theirs.get("prompts") == config.prompts
+        if same and not data.rubric(config.prompts) and n < config.eval_prompts:
+            raise UserError(f"{folder} was trained on all but {n} prompts; --eval_prompts {n}")
+        if theirs.get("ema_decay"):
             average = GPT.load(folder, average=True)
             policies[f"{folder.name}_ema"] = to_device(average, config).eval()
     return policies
@@ -676,11 +706,12 @@ def main(config: Config) -> dict:
     if config.compare:
         policies = load_policies(replace(config, shard=False))  # one process compares
     else:
-        keep_apart(config, {"out": config.out, "out (without KL)": f"{config.out}_no_kl"})
+        no_kl_out = f"{Path(config.out)}_no_kl"
+        keep_apart(config, {"out": config.out, "out (without KL)": no_kl_out})
         policies = train(config)
         if config.ablation:
             no_kl = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
-            policies |= train(replace(config, out=f"{config.out}_no_kl", **no_kl))
+            policies |= train(replace(config, out=no_kl_out, **no_kl))
     rank, world = processes.rank_and_world()
     if rank:  # one process compares, and asks the others for nothing
         return {}

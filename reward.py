@@ -107,7 +107,8 @@ class ImplicitReward(nn.Module):
         with torch.no_grad():
             ref_logprobs, _ = token_logprobs(self.ref_policy, batch)
         parts = (logprobs - ref_logprobs).split(batch.lengths.tolist())
-        return self.beta * torch.stack([part.sum() for part in parts])
+        sums = [part.sum() for part in parts]
+        return self.beta * (torch.stack(sums) if sums else logprobs)  # a sharded pass may be empty
 
 
 Scorer = ScalarModel | ImplicitReward
@@ -116,6 +117,8 @@ Scorer = ScalarModel | ImplicitReward
 def collect(config: Config) -> list[dict]:
     """{"prompt", "responses"}: K sampled responses to each prompt, duplicates removed."""
     source, codec = config.policy or config.sft, Codec.load(config.sft)
+    if config.policy:
+        codec.check_same(config.policy)
     model = to_device(GPT.load(source), config)
     key = (config.seed, "collect", "policy" if config.policy else "sft")
     asked = data.prompts(config.prompts, config.toy_prompts, seed_of(*key))
@@ -132,8 +135,8 @@ def collect(config: Config) -> list[dict]:
     return [item for item in items if len(item["responses"]) > 1]
 
 
-def ranked(config: Config) -> list[dict]:
-    """The comparisons to train on, given or sampled and ranked now, and those of --merge."""
+def ranked(config: Config) -> tuple[list[dict], list[dict]]:
+    """The comparisons to train on: those that are given, or sampled and ranked now; of --merge."""
     if config.labeler not in ("gold", "human", "file"):
         raise UserError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
     if config.labeler == "human" and config.comparisons:
@@ -143,8 +146,10 @@ def ranked(config: Config) -> list[dict]:
     if config.labeler == "file" and not config.comparisons:
         raise UserError("--labeler file needs the file: --comparisons <path>")
     earlier = load_comparisons(config.merge) if config.merge else []
-    if config.labeler == "human" and processes.rank_and_world()[1] > 1:
-        raise UserError("--labeler human needs a single process; train with many afterwards")
+    if config.labeler == "human":
+        labeler.check_number(config.responses)
+        if processes.rank_and_world()[1] > 1:
+            raise UserError("--labeler human needs a single process; train with many afterwards")
     path = Path(config.comparisons or Path(config.out) / "comparisons.jsonl")
     if not config.comparisons:
         claim(config.out, config.resume)
@@ -157,9 +162,9 @@ def ranked(config: Config) -> list[dict]:
         if processes.rank_and_world()[0] == 0:
             records.save_records(path, items)
         gather(None)  # barrier: wait for rank 0 to finish writing
-    rows = load_comparisons(path) + earlier  # the new ones first: they are held out
-    print(f"{len(rows)} comparisons, {len(rows) - len(earlier)} of them in {path}")
-    return rows
+    new = load_comparisons(path)
+    print(f"{len(new) + len(earlier)} comparisons, {len(new)} of them in {path}")
+    return new, earlier
 
 
 @dataclass
@@ -330,14 +335,19 @@ def main(config: Config) -> dict:
         return score_file(config)
     if config.objective not in ("reward", "dpo"):
         raise UserError(f"--objective {config.objective} is unknown; choose reward or dpo")
+    unused = ("cue", "demonstrations") if config.objective == "dpo" else ("beta",)
+    name_unused(config, f"with --objective {config.objective}", *unused)
     keep_apart(config, {"out": config.out})
     if config.comparisons:
         sampling = ("policy", "prompts", "toy_prompts", "responses", "temperature")
         name_unused(config, "with --comparisons", *sampling, "max_new_tokens", "noise")
     gpt, codec = GPT.load(config.init or config.sft), Codec.load(config.sft)
     codec.check_vocabulary(gpt.config.vocab_size)
-    comparisons = tokenised(ranked(config), codec, gpt.config.block_size)
-    held_out, training = hold_out(comparisons, config.held_out, lambda c: c.record["prompt"])
+    new, earlier = (tokenised(rows, codec, gpt.config.block_size) for rows in ranked(config))
+    comparisons, share = new + earlier, config.held_out  # the first ones are held out
+    if earlier:  # half of the new ones at least are trained on
+        share = min(share, 0.5 * len(new) / len(comparisons))
+    held_out, training = hold_out(comparisons, share, lambda c: c.record["prompt"])
     if not any(c.decides for c in training):
         raise UserError("no response is better than another: ties alone teach nothing")
     torch.manual_seed(seed_of(config.seed, "head"))
@@ -367,7 +377,8 @@ def main(config: Config) -> dict:
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
-    following = f"ppo.py --compare {config.out}" if stage == "dpo" else "ppo.py"
+    compared = f"ppo.py --compare {config.out} --out out/compare"
+    following = compared if stage == "dpo" else "ppo.py"
     print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {following}")
     print(f"curves: python -m data.plot {config.out}")
     return run.metrics[-1]

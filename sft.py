@@ -23,6 +23,7 @@ from data.processes import batch_at, generator, my_share, seed_of, shuffled, ste
 from data.records import UserError, hold_out
 from data.run import Free, Input, Positive, Rate, Run, RunConfig, command, name_unused, program
 from data.tokenizer import Codec, Pairs, columns, cut_left, documents, fitting, get_tokenizer
+from data.weights import is_hugging_face
 from model import (
     GPT,
     Batch,
@@ -103,6 +104,8 @@ def finetune(config: Config, rows: list[dict], asked: list[str]) -> dict:
         world = (config.toy_texts, config.seed, config.demonstrations)
         texts = data.texts_to_mix(config.texts, *world)[:n_mixed]  # a text is at least one document
         training += documents(texts, codec, block_size)[:n_mixed]
+    if config.reward_model:
+        codec.check_same(config.reward_model)
     optimizer = adam([(model, config.lr)])
     claim(config.out, config.resume)
     read = {"base": config.base} if config.init == "scratch" else {}
@@ -165,6 +168,8 @@ def judge_epoch(run: Run, held_out: Pairs) -> None:
     config, model, (prompts, _) = run.config, run.modules["model"], columns(held_out)
     reward_model = ScalarModel.load(config.reward_model).to(model.head_weight.device).eval()
     responses = answer(run, prompts, "selection", run.step)
+    size = reward_model.gpt.config.block_size
+    prompts = [cut_left(p, size - len(r)) for p, r in zip(prompts, responses, strict=True)]
     scores = torch.cat([reward_model.score(b) for b in batches(prompts, responses, config)])
     score = scores.mean().item()
     if score > max(line.get("reward_score", float("-inf")) for line in run.metrics):
@@ -196,6 +201,8 @@ def main(config: Config) -> dict:
         sizes = ("tokenizer", "n_layer", "n_head", "n_embd", "block_size")
         pretraining = ("pretrain_epochs", "pretrain_batch_size", "pretrain_lr")
         name_unused(config, "with --init", *sizes, *pretraining)
+        if not is_hugging_face(config.init):
+            name_unused(config, f"with --init {config.init}, which has its own", "template")
     keep_apart(config, outs)
     rows = data.demonstrations(config.demonstrations, config.toy_demonstrations, config.seed)
     asked = [row["prompt"] for row in rows[:3]]  # the first rows are held out

@@ -29,10 +29,8 @@ def prompts(source: str, n: int, seed: int, split: str = "train", held_out: int 
     if split != "train":
         return unseen[:held_out][::-1]
     if not training:
-        raise records.UserError(
-            f"{source} has no more than the {held_out} prompts that are held out; "
-            "lower --eval_prompts"
-        )
+        wrong = f"{source} has no more than the {held_out} prompts that are held out"
+        raise records.UserError(f"{wrong}; lower --eval_prompts")
     return training[::-1]
 
 
@@ -46,9 +44,9 @@ def texts(source: str, n: int, seed: int) -> list[str]:
     return toy.pages(n, seed) if source == TOY else records.load_texts(source)
 
 
-def texts_to_mix(source: str, n: int, seed: int, demonstrations: str) -> list[str]:
-    """The documents to mix with demonstrations: no toy documents with a file of demonstrations."""
-    return [] if source == TOY != demonstrations else texts(source, n, seed)
+def texts_to_mix(source: str, n: int, seed: int, other: str) -> list[str]:
+    """The documents to mix with other data: no toy documents with a file of others."""
+    return [] if source == TOY != other else texts(source, n, seed)
 
 
 def rubric(source: str) -> ModuleType | None:

@@ -275,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--last", action="store_true", help="the last reply of each dialogue only")
     args = parser.parse_args(argv)
     with records.one_line_errors():
+        if not args.out.endswith((".jsonl", ".jsonl.gz")):
+            raise UserError(f"{args.out} would hold JSON Lines; expected *.jsonl or *.jsonl.gz")
         format, kind, converted, counts = read(args.source, args.kind, args.last)
         rows = counts.pop("rows")
         odd = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from data.processes import gather, rank_and_world
 from data.records import UserError, remove_unfinished
+from data.weights import PUBLISHED
 
 import torch
 
@@ -76,8 +77,13 @@ def inputs(config, free: bool) -> dict[str, str]:
     return {name: getattr(config, name) for name in named if free or "free" not in marks[name]}
 
 
+NAMES = ("toy", "scratch", *PUBLISHED)  # they are no paths, whatever folders are called so
+
+
 def path_of(value: str) -> Path | None:
     """The path that a flag names, if it exists; the flag may say path.py:function."""
+    if value in NAMES and not Path(value, "checkpoint.pt").exists():
+        return None
     texts = (value, value.rpartition(":")[0])
     return next((Path(text) for text in texts if text and Path(text).exists()), None)
 
@@ -89,10 +95,8 @@ def keep_apart(config, folders: dict[str, str]) -> None:
             if (path := path_of(value)) and flag != name and Path(folder).exists():
                 around = (path, path.resolve(), *path.resolve().parents)
                 if any(Path(folder).samefile(p) for p in around):
-                    raise UserError(
-                        f"--{name} {value} lies in --{flag} {folder}, which this run writes to; "
-                        f"choose another --{flag}"
-                    )
+                    wrong = f"--{name} {value} lies in --{flag} {folder}, which this run writes to"
+                    raise UserError(f"{wrong}; choose another --{flag}")
 
 
 def fingerprint(value: str) -> str:

@@ -78,6 +78,12 @@ def check_no_answers(folder: str | Path) -> None:
         raise UserError(f"{path} holds answers; --resume continues, another --out starts anew")
 
 
+def check_number(k: int) -> None:
+    """UserError if a person cannot rank k responses."""
+    if k > len(LETTERS):
+        raise UserError(f"{k} responses to a prompt; at most {len(LETTERS)} can be ranked")
+
+
 class Person:
     """Ranks the items {"prompt", "responses"} at the terminal, from where they last left off.
 
@@ -88,8 +94,7 @@ class Person:
     def __init__(self, items: list[dict], folder: str | Path, seed: int):
         self.items, self.folder, self.seed = items, Path(folder), seed
         self.output = self.folder / "comparisons.jsonl"
-        if (k := max(len(item["responses"]) for item in items)) > len(LETTERS):
-            raise UserError(f"{k} responses to a prompt; at most {len(LETTERS)} can be ranked")
+        check_number(max(len(item["responses"]) for item in items))
         self.questions = []  # (which item to rank, whether once more)
         for i in range(len(items)):
             self.questions.append((i, False))

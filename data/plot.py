@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: metrics.svg in the first folder")
     args = parser.parse_args(argv)
     with one_line_errors():
+        if (path := args.out or args.folders[0] / "metrics.svg").suffix != ".svg":
+            raise UserError(f"--out {path} is no name of an SVG file; expected *.svg")
         figure = draw({str(folder): read_metrics(folder) for folder in args.folders})
-        drawn, path = io.BytesIO(), args.out or args.folders[0] / "metrics.svg"
+        drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
         with atomic(path) as file:
             file.write(drawn.getvalue())

@@ -179,6 +179,8 @@ def load_checkpoint(folder: str | Path) -> dict:
     FileNotFoundError names the command that makes it; UserError if it is no such checkpoint.
     """
     path = Path(folder) / "checkpoint.pt"
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds it")
     if not path.exists():
         if any(path.parent.glob("*model*")):
             raise UserError(f"{folder} holds another program's model; expected a stage's folder")
@@ -188,10 +190,8 @@ def load_checkpoint(folder: str | Path) -> dict:
     saved = found if isinstance(found := unpickle(path), dict) else {}
     version = str(saved.get("format", 1))  # as text, since it may be a tensor
     if "stage" in saved and version != str(FORMAT):
-        raise UserError(
-            f"{path} has format {version:.20}, expected {FORMAT}: another version of this project "
-            "wrote it; train it anew"
-        )
+        wrong = f"{path} has format {version:.20}, expected {FORMAT}"
+        raise UserError(f"{wrong}: another version of this project wrote it; train it anew")
     for key, kind in KEYS.items():
         if type(saved.get(key)) is not kind:
             raise UserError(f"{path} is no checkpoint of a stage: it has no {kind.__name__} {key}")
@@ -284,18 +284,15 @@ class Run:
         for name in [*names, "dtype", "attention"]:
             value = theirs.get(name)
             if str(value) != str(ours[name]):  # as text, since nan != nan
-                way = INSTEAD.get(self.stage, "start anew without --resume")
-                raise UserError(
-                    f"{self.folder} was made with --{name} {value}, not {ours[name]}; resume it "
-                    f"with the same value, or {way.format(self.folder)}"
-                )
+                way = INSTEAD.get(self.stage, "start anew without --resume").format(self.folder)
+                wrong = f"{self.folder} was made with --{name} {value}, not {ours[name]}"
+                raise UserError(f"{wrong}; resume it with the same value, or {way}")
         then = saved["inputs"]
         for name in [n for n, found in self.inputs.items() if then.get(n, found) != found]:
             if name != "reward":  # whose source may have been repaired
-                raise UserError(
-                    f"{self.folder} was made with another --{name} than {ours[name] or 'now'}: "
-                    "what is read has changed; restore it, or start anew without --resume"
-                )
+                wrong = f"{self.folder} was made with another --{name} than {ours[name] or 'now'}"
+                remedy = "restore it, or start anew without --resume"
+                raise UserError(f"{wrong}: what is read has changed; {remedy}")
             print(f"--reward {ours[name]} has changed since {self.folder} was saved")
         now = self.resolved["processes"]
         if str(were := theirs.get("processes", now)) != str(now):
@@ -308,20 +305,11 @@ class Run:
         """
         began = time.monotonic()
         training = processes.full_state(self.modules, self.optimizer, everywhere=by_itself)
-        checkpoint = {
-            "format": FORMAT,
-            "stage": self.stage,
-            "config": asdict(self.config),
-            "gpt": asdict(self.gpt),
-            "codec": self.codec.state_dict(),
-            "step": self.step,
-            "metrics": self.metrics,
-            "samples": self.samples,
-            "inputs": self.inputs,
-            "resolved": self.resolved,
-            "model": training.pop("model"),
-            "training": training | {"extra": self.extra},
-        }
+        same = ("stage", "step", "metrics", "samples", "inputs", "resolved")
+        checkpoint = {"format": FORMAT} | {name: getattr(self, name) for name in same}
+        checkpoint |= {"config": asdict(self.config), "gpt": asdict(self.gpt)}
+        checkpoint |= {"codec": self.codec.state_dict(), "model": training.pop("model")}
+        checkpoint["training"] = training | {"extra": self.extra}
         if self.is_writer or by_itself:
             with atomic(self.folder / "checkpoint.pt") as file:
                 torch.save(checkpoint, file)

@@ -59,6 +59,14 @@ class Codec:
             own = f"the tokenizer has {n} tokens and the model has {vocab_size}"
             raise UserError(f"{own}; they belong to different models")
 
+    def check_same(self, folder: str | Path) -> None:
+        """Raises UserError unless the tokens of the model in the folder are these."""
+        ours, theirs = self.tokenizer, Codec.load(folder).tokenizer
+        if (ours.n_vocab, ours._mergeable_ranks) != (theirs.n_vocab, theirs._mergeable_ranks):
+            raise UserError(
+                f"{folder} has another tokenizer than the fine-tuned model; name another"
+            )
+
     def state_dict(self) -> dict:
         return {"tokenizer": to_state(self.tokenizer), "template": self.template}
 
@@ -234,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, default=1024, help="tokens, with the 256 bytes")
     args = parser.parse_args(argv)
     with one_line_errors():
+        if args.out.suffix != ".tiktoken" or (args.texts and args.out == TOY):
+            raise UserError("name a file to write after the texts; its name ends in .tiktoken")
         text = "\n".join(load_texts(args.texts) if args.texts else pages(4000, seed=0))
         ranks = train_bpe(text, args.vocab_size)
         with atomic(args.out) as file:

@@ -34,7 +34,8 @@ def is_hugging_face(source: str | Path) -> bool:
     path = Path(source)
     theirs = any((path / name).exists() for name in ("config.json", "ckpt.pt"))
     ours = (path / "checkpoint.pt").exists()  # a stage's config.json holds its flags
-    return str(source) in PUBLISHED or path.is_file() or (theirs and not ours)
+    file = path.is_file() and path.name != "checkpoint.pt"
+    return str(source) in PUBLISHED or file or (theirs and not ours)
 
 
 def download(name: str) -> Path:

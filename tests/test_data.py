@@ -1534,7 +1534,10 @@ def test_a_reply_with_its_grade_is_learnt_only_if_that_is_wanted(tmp_path):
 
 
 def test_the_last_reply_and_kinds_are_flags(tmp_path, capsys):
-    path, out = write(tmp_path / "a.jsonl", {"messages": chat("a", "b", "c", "d")}), tmp_path / "b"
+    path, out = (
+        write(tmp_path / "a.jsonl", {"messages": chat("a", "b", "c", "d")}),
+        tmp_path / "b.jsonl",
+    )
     convert.main([str(path), str(out), "--last"])
     printed = capsys.readouterr().out
     assert "1 rows: 1 turns before the last reply left out; 1 demonstrations written" in printed
@@ -1949,3 +1952,12 @@ def test_the_rows_shown_in_the_readme_convert(tmp_path):
             (path := tmp_path / "a.jsonl").write_text(line, "utf-8")
             kinds.append(convert.read(path)[1])
     assert kinds == ["comparisons"] * 5 + ["demonstrations"] * 5 + ["texts"]
+
+
+def test_a_converter_does_not_write_over_a_second_text(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        convert.main([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    assert ended.value.code == 2 and "expected *.jsonl or *.jsonl.gz" in capsys.readouterr().err
+    assert (tmp_path / "b.txt").read_text() == "mine"

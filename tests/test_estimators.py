@@ -165,7 +165,7 @@ def test_without_a_value_model_none_is_trained_or_saved(advantage, flags, monkey
 
 def test_in_its_warm_up_only_the_value_model_learns(flags, tmp_path):
     config = ppo.Config(**flags, out=str(tmp_path / "out"), value_warmup=1, ema_decay=0.0, lr=1e-2)
-    config = replace(config, reward=code_of_length(tmp_path), iterations=1)
+    config = replace(config, reward=code_of_length(tmp_path), iterations=1, ptx_coef=0.5)
     start = GPT.load(config.sft).state_dict()
     values = {}
     for warmup in (1, 0):
@@ -178,6 +178,9 @@ def test_in_its_warm_up_only_the_value_model_learns(flags, tmp_path):
         assert torch.equal(w, values[0][name])  # which learns the same, whatever the policy does
 
 
+RLOO = {"advantage": "rloo", "samples": 2}
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [
@@ -188,6 +191,8 @@ def test_in_its_warm_up_only_the_value_model_learns(flags, tmp_path):
         ({"kl_coef": 0.0, "kl_target": 3.0}, "--kl_target adapts the penalty"),
         ({"advantage": "rloo", "samples": 2, "value_warmup": 1}, "--value_warmup needs a value"),
         ({"value": "head", "value_warmup": 1}, "--value_warmup needs a value"),
+        ({"compare": "a,runs/sft"}, "runs/sft: the comparison has a row sft; rename"),
+        ({"ptx_coef": 1.0, "prompts": "x.jsonl"} | RLOO, "--prompts x.jsonl needs --texts <file>"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_line(changed, words, flags, tmp_path):
@@ -217,6 +222,13 @@ def test_a_token_table_by_hand():
 
 
 # ---- DPO
+
+
+def test_a_pass_without_responses_has_no_scores():
+    """As some of a sharded network's passes are."""
+    model, _ = implicit_reward(0.1)
+    scores = model.score(pack([], []))
+    assert scores.shape == (0,) and scores.requires_grad
 
 
 def implicit_reward(beta: float) -> tuple[ImplicitReward, GPT]:

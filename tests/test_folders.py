@@ -21,7 +21,8 @@ from data import folders, records, run
 from data.folders import claim, fingerprint, keep_apart
 from data.records import UserError, one_line_errors, save_records
 from data.run import Run, load_checkpoint, program
-from model import GPTConfig
+from data.tokenizer import Codec
+from model import GPT, GPTConfig
 
 import numpy as np
 import pytest
@@ -542,7 +543,76 @@ def test_two_demonstrations_and_prompts_longer_than_the_context_train(tiny_base,
 def test_a_flag_without_effect_is_named(tiny_base, tmp_path, capsys):
     config = sft.Config(init=tiny_base, block_size=64, n_layer=3, toy_demonstrations=20, epochs=1)
     sft.main(replace(config, out=str(tmp_path / "out")))
-    expected = "without effect with --init: --n_layer 3, --block_size 64\n"
-    assert expected in capsys.readouterr().out
+    sft.main(replace(config, out=str(tmp_path / "out2"), template="{prompt}"))
+    out = capsys.readouterr().out
+    assert "without effect with --init: --n_layer 3, --block_size 64\n" in out
+    assert out.count(f"--init {tiny_base}, which has its own: --template {{prompt}}\n") == 1
     with pytest.raises(UserError, match="--kl_target adapts the penalty"):
         ppo.main(ppo.Config(kl_coef=0.0, kl_target=3.0))
+
+
+@pytest.mark.parametrize("name", ["toy", "scratch", "gpt2"])
+def test_a_word_that_names_no_path_stays_one_whatever_folders_are_called(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x").write_text("x")
+    assert fingerprint(name) == name
+    config = config_of(tmp_path / "out", texts=name)
+    keep_apart(config, {"out": name})
+
+
+def test_a_comparison_does_not_write_into_the_folder_of_a_run(tmp_path):
+    config = config_of(tmp_path / "out")
+    train(config, 1)
+    with pytest.raises(UserError, match="out holds a run; --compare needs another one"):
+        ppo.main(replace(config, compare="a,b"))
+
+
+def test_a_reward_function_does_not_score_what_does_not_end(capsys):
+    ppo.check_settings(ppo.Config(reward="mine.py:f", reward_model="x"))
+    expected = "without effect with --reward: --reward_model x\na response that does not end gets "
+    assert capsys.readouterr().out.startswith(f"{expected}--missing_eos_score -1.0")
+    ppo.check_settings(ppo.Config(reward="mine.py:f", missing_eos_score=float("nan")))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_checkpoint_in_place_of_its_folder_is_one_line(tiny_base, capsys):
+    for load in (load_checkpoint, Codec.load, GPT.load):
+        with pytest.raises(UserError, match="checkpoint.pt is a file; give the folder"):
+            load(f"{tiny_base}/checkpoint.pt")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_of_another_tokenizer_is_refused(tiny_base, tmp_path):
+    """Of as many tokens, two of which have changed places."""
+    saved, other = load_checkpoint(tiny_base), str(tmp_path / "other")
+    *lines, a, b = saved["codec"]["tokenizer"]["ranks"].splitlines()
+    (one, i), (two, j) = a.split(), b.split()
+    saved["codec"]["tokenizer"]["ranks"] = "\n".join([*lines, f"{two} {i}", f"{one} {j}", ""])
+    Path(other).mkdir()
+    torch.save(saved, f"{other}/checkpoint.pt")
+    config = ppo.Config(sft=tiny_base, advantage="rloo", samples=2, reward_model=other)
+    few = {"toy_demonstrations": 20, "out": str(tmp_path / "out")}
+    for refused in (
+        lambda: ppo.Models.load(replace(config, init=other)),
+        lambda: ppo.load_reward_model(config, Codec.load(tiny_base)),
+        lambda: ppo.load_policies(replace(config, compare=other)),
+        lambda: reward.collect(reward.Config(sft=tiny_base, policy=other)),
+        lambda: sft.main(sft.Config(init=tiny_base, reward_model=other, **few)),
+    ):
+        with pytest.raises(UserError, match="other has another tokenizer than"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_on_prompts_of_the_training_is_refused(tiny_base, tmp_path):
+    saved = load_checkpoint(tiny_base)
+    saved["config"] |= {"prompts": "p.jsonl", "eval_prompts": 20, "ema_decay": 0.0}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    config = ppo.Config(sft=tiny_base, compare=str(tmp_path), prompts="p.jsonl", eval_prompts=21)
+    with pytest.raises(UserError, match="was trained on all but 20 prompts; --eval_prompts 20"):
+        ppo.load_policies(config)
+    assert ppo.load_policies(replace(config, eval_prompts=20))
+    assert ppo.load_policies(replace(config, prompts="q.jsonl"))

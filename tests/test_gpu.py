@@ -52,7 +52,7 @@ def all_stages(folder: Path, compare: bool = True, **flags) -> dict[str, list[di
     reward.main(reward.Config(out=place["reward"], sft=place["sft"], **few, **flags))
     few = {"iterations": 2, "batch_size": 6, "minibatch_size": 3, "ppo_epochs": 2}
     few |= {"max_new_tokens": 6, "eval_prompts": 2, "trust": True, "ablation": False}
-    few |= {"ptx_coef": 1.0}
+    few |= {"ptx_coef": 1.0, "value_warmup": 1}
     folders = {"sft": place["sft"], "base": place["base"], "reward_model": place["reward"]}
     last = ppo.main if compare else program(ppo.train)
     last(ppo.Config(out=place["ppo"], **folders, **few, **flags))

@@ -30,22 +30,22 @@ LINES = {  # the rooms of the house
 PRODUCT_LINES, PRODUCT_BYTES = 3600, 170_000
 LONGER = {  # the length that is allowed instead, and why
     "model.py": (
-        1053,
+        1054,
         "230 lines are Triton kernels, 80 their trial, 110 the same attention in PyTorch",
     ),
     "ppo.py": (
-        694,
+        725,
         "180 lines are the comparison, which runs networks and so cannot stand in data/",
     ),
-    "reward.py": (377, "scoring files, DPO, and probes of what the reward model sees"),
-    "sft.py": (212, "the paper's 16-epoch baseline: which epoch to keep"),
-    "data/run.py": (407, "what a resumed run compares, and when a run is saved"),
+    "reward.py": (388, "scoring files, DPO, and probes of what the reward model sees"),
+    "sft.py": (219, "the paper's 16-epoch baseline: which epoch to keep"),
+    "data/run.py": (395, "what a resumed run compares, and when a run is saved"),
     "data/report.py": (203, "a response token by token"),
     "product lines": (
-        6155,
+        6215,
         "converters and GPT-2 weights of other tools take 1,400 lines in data/",
     ),
-    "product bytes": (301_909, "the same"),
+    "product bytes": (305_994, "the same"),
 }
 
 

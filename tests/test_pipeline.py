@@ -313,7 +313,9 @@ def test_another_round_of_the_loop(results, reward_config, ppo_config, out, tmp_
     reward.main(config)
     new = load_comparisons(tmp_path / "reward" / "comparisons.jsonl")
     assert len(new) == 40
-    assert metrics(tmp_path / "reward")[-1]["step"] == 396 // 4 - 1  # 440 records, 44 held out
+    assert (
+        metrics(tmp_path / "reward")[-1]["step"] == 420 // 4 - 1
+    )  # 440, half of the 40 new held out
     config = replace(
         ppo_config,
         init=str(out / "ppo"),
@@ -683,7 +685,7 @@ def read_reward(folder: Path) -> None:
 
 
 def read_ppo(folder: Path) -> None:
-    ppo.load_policies(ppo.Config(compare=str(folder)))
+    ppo.load_policies(ppo.Config(sft=str(folder), compare=str(folder)))
 
 
 @functools.cache

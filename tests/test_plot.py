@@ -51,3 +51,11 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plot.main([write(tmp_path / "a", [{"step": 0, "loss": 1}])])
     assert "pip install -e '.[plot]'" in capsys.readouterr().err
+
+
+def test_only_svg_is_written(tmp_path, capsys):
+    folder = write(tmp_path / "a", [{"step": 0, "loss": 1}])
+    with pytest.raises(SystemExit) as ended:
+        plot.main([folder, "--out", str(tmp_path / "x.png")])
+    assert ended.value.code == 2 and "x.png is no name of an SVG file" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()

@@ -1164,7 +1164,7 @@ def test_where_each_network_starts(stages, tiny_base, tmp_path):
 def test_policies_are_compared_with_their_averages(stages, tiny_base):
     moved.start = GPT.load(tiny_base).wpe.weight[0, 0].item()
     compare = f"{stages['policy']},{stages['sft']}"
-    found = ppo.load_policies(ppo.Config(compare=compare, device="cpu"))
+    found = ppo.load_policies(ppo.Config(sft=tiny_base, compare=compare, device="cpu"))
     assert {name: moved(network) for name, network in found.items()} == {
         "policy": 1,
         "policy_ema": 11,
@@ -1252,7 +1252,7 @@ def test_another_stages_folder_is_no_reward_model(tiny_base):
 
 def test_two_policies_of_one_name_are_refused(tiny_base):
     with pytest.raises(UserError, match="two folders are called base"):
-        ppo.load_policies(ppo.Config(compare=f"{tiny_base},{tiny_base}"))
+        ppo.load_policies(ppo.Config(sft=tiny_base, compare=f"{tiny_base},{tiny_base}"))
 
 
 def test_a_base_model_of_another_vocabulary_is_refused(tiny_base):

@@ -408,7 +408,8 @@ def test_new_comparisons_come_before_the_merged_ones(tmp_path):
         save_records(tmp_path / f"{name}.jsonl", [row])
     files = {"comparisons": str(tmp_path / "new.jsonl"), "merge": str(tmp_path / "old.jsonl")}
     config = reward.Config(labeler="file", out=str(tmp_path), **files)
-    assert [row["prompt"] for row in reward.ranked(config)] == ["new", "old"]
+    new, earlier = reward.ranked(config)
+    assert [row["prompt"] for row in new] == ["new"] and [r["prompt"] for r in earlier] == ["old"]
 
 
 @torch.no_grad()
@@ -775,4 +776,33 @@ def test_scores_are_not_written_over_what_they_are_made_from(out, scoring, tmp_p
 def test_flags_that_exclude_each_other_are_one_line(flags, needle, tmp_path):
     with pytest.raises(UserError, match=needle):
         reward.ranked(reward.Config(out=str(tmp_path / "out"), **flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_a_few_new_comparisons_are_trained_on(tiny_base, monkeypatch, tmp_path):
+    """The new ones are held out first, beside five hundred earlier ones."""
+    for name, n in (("new", 10), ("old", 500)):
+        rows = [
+            {"prompt": f"{name}{i}", "responses": ["a", "b"], "ranks": [1, 2]} for i in range(n)
+        ]
+        save_records(tmp_path / f"{name}.jsonl", rows)
+    seen = []
+
+    def train(run, model, comparisons):
+        seen.extend(c.record["prompt"] for c in comparisons)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(reward, "train", train)
+    files = {"comparisons": str(tmp_path / "new.jsonl"), "merge": str(tmp_path / "old.jsonl")}
+    config = reward.Config(sft=tiny_base, out=str(tmp_path / "out"), device="cpu", **files)
+    with pytest.raises(UserError, match="enough"):
+        reward.main(config)
+    assert sum(prompt.startswith("new") for prompt in seen) == 5 and len(seen) == 505
+
+
+def test_more_responses_than_a_person_can_rank_are_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(reward, "collect", lambda config: pytest.fail("it has sampled"))
+    config = reward.Config(labeler="human", responses=12, out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="12 responses to a prompt; at most 9 can be ranked"):
+        reward.ranked(config)
     assert not (tmp_path / "out").exists()

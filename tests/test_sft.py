@@ -404,3 +404,16 @@ def test_the_kept_weights_are_those_of_the_best_epoch(tiny_base, monkeypatch, tm
     assert f"best by reward score: epoch 2, score 0.900, loss {losses[1]:.3f}" in out
     line = f"epoch {fitted + 1}, score {scores[fitted]:.3f}, loss {losses[fitted]:.3f}"
     assert f"best by held-out loss: {line}" in out
+
+
+def test_a_long_prompt_is_cut_for_the_reward_model_as_for_the_answer(
+    tiny_base, monkeypatch, tmp_path
+):
+    gpt, codec = GPT.load(tiny_base), Codec.load(tiny_base)
+    monkeypatch.setattr(sft.ScalarModel, "load", lambda folder: ScalarModel(gpt))
+    config = sft.Config(device="cpu", reward_model="here")
+    run = Run("sft", config, tmp_path, gpt.config, codec, adam([(gpt, 0.0)]), model=gpt)
+    for _ in run.steps(1):
+        run.log({"loss": 0.0})
+        sft.judge_epoch(run, [([1] * 254, [3])])  # of 256 tokens
+    assert math.isfinite(run.metrics[0]["reward_score"])

@@ -242,3 +242,16 @@ def test_gpt2_gives_nanogpts_counts_for_shakespeare(gpt2):
     cut = int(0.9 * len(text))
     counts = [len(gpt2.encode_ordinary(part)) for part in (text[:cut], text[cut:])]
     assert counts == [301_966, 36_059]
+
+
+@pytest.mark.parametrize("out", [[], ["b.txt"]])
+def test_a_tokenizer_is_written_only_where_it_is_meant_to_be(out, tmp_path, monkeypatch, capsys):
+    """Not over the one that is shipped, or over a second file of text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("mine")
+    shipped = tokenizer.TOY.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        tokenizer.main(["a.txt", *out])
+    assert ended.value.code == 2 and "its name ends in .tiktoken" in capsys.readouterr().err
+    assert tokenizer.TOY.read_bytes() == shipped and (tmp_path / "b.txt").read_text() == "mine"
