@@ -616,3 +616,12 @@ def test_a_comparison_on_prompts_of_the_training_is_refused(tiny_base, tmp_path)
         ppo.load_policies(config)
     assert ppo.load_policies(replace(config, eval_prompts=20))
     assert ppo.load_policies(replace(config, prompts="q.jsonl"))
+
+
+def test_more_models_than_a_person_can_rank_are_refused_at_once(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "sample", lambda *_: pytest.fail("it has sampled"))
+    (tmp_path / "mine.py").write_text("def f(texts, prompts): return [0] * len(texts)\n")
+    places = {"sft": tiny_base, "base": tiny_base, "reward": f"{tmp_path}/mine.py:f"}
+    config = ppo.Config(judge="human", eval_prompts=2, device="cpu", **places)
+    with pytest.raises(UserError, match="10 responses to a prompt; at most 9 can be ranked"):
+        ppo.compare(config, dict.fromkeys("abcde"), 0.0)  # and five that are always compared

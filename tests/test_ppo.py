@@ -1181,7 +1181,7 @@ def test_a_run_is_followed_by_one_without_the_penalty_and_the_comparison(stages,
         ppo, "compare", lambda c, p, began: compared.append((c, p)) or [{"model": "x", "y": 1}]
     )
     flags = {"kl_coef": 0.7, "kl_target": 3.0, "ema_decay": 0.5, "shard": True, "device": "cpu"}
-    config = ppo.Config(sft=stages["sft"], base="none", out="out/here", dtype="float32", **flags)
+    config = ppo.Config(sft=stages["sft"], base="none", out="out/here/", dtype="float32", **flags)
     assert ppo.main(config) == {"x": {"model": "x", "y": 1}}
     off = {"kl_coef": 0.0, "kl_target": 0.0, "ema_decay": 0.0}
     assert trained == [config, replace(config, out="out/here_no_kl", **off)]
