@@ -224,6 +224,8 @@ class Models:
         if config.value == "head" and config.shard:
             raise UserError("--shard needs --value model: a head of the policy's own is whole")
         codec, policy = Codec.load(config.sft), GPT.load(config.init or config.sft)
+        if config.init:
+            codec.check_same(config.init)
         torch.manual_seed(processes.seed_of(config.seed, "head"))
         if config.advantage != "gae":
             value_model = None
@@ -240,8 +242,6 @@ class Models:
             texts = data.texts_to_mix(config.texts, 4000, config.seed, config.prompts)
             if not texts:
                 raise UserError(f"--ptx_coef with --prompts {config.prompts} needs --texts <file>")
-        if config.init:
-            codec.check_same(config.init)
         pages = documents(texts, codec, policy.config.block_size)
         reward_model = load_reward_model(config, codec)
         return cls(policy, ref_policy, reward_model, value_model, average, codec, pages)
@@ -518,9 +518,9 @@ def check_settings(config: Config) -> None:
         data.run.name_unused(config, f"with --advantage {config.advantage}", *value)
     if config.reward:
         data.run.name_unused(config, "with --reward", "reward_model", "trust")
-    if config.reward and not math.isnan(config.missing_eos_score):
-        score = f"--missing_eos_score {config.missing_eos_score}"
-        print(f"a response that does not end gets {score} (nan: what --reward returns)")
+        if not math.isnan(config.missing_eos_score):
+            score = f"--missing_eos_score {config.missing_eos_score}"
+            print(f"a response that does not end gets {score} (nan: what --reward returns)")
     for folder in map(Path, config.compare.split(",") if config.compare else [config.out]):
         if folder.name in ROWS:
             raise UserError(f"{folder}: the comparison has a row {folder.name}; rename the folder")
@@ -646,7 +646,7 @@ def compare(config: Config, policies: dict[str, GPT], started: float) -> list[di
     # who answers: a model by itself; or (None) by a search, or after another prompt
     answers: dict[str, tuple[Tokens, GPT | None]] = {}
     base = load_base(config, codec)
-    if config.judge == "human":
+    if config.judge == "human":  # base and prompted; sft, greedy and best of n; policies
         labeler.check_number(3 + bool(base) * (1 + bool(world)) + len(policies))
     if base:
         base = to_device(base, config).eval()

@@ -136,7 +136,7 @@ def collect(config: Config) -> list[dict]:
 
 
 def ranked(config: Config) -> tuple[list[dict], list[dict]]:
-    """The comparisons to train on: those that are given, or sampled and ranked now; of --merge."""
+    """The new comparisons, given or sampled and ranked now, and the earlier ones of --merge."""
     if config.labeler not in ("gold", "human", "file"):
         raise UserError(f"--labeler {config.labeler} is unknown; choose gold, human or file")
     if config.labeler == "human" and config.comparisons:
@@ -377,8 +377,7 @@ def main(config: Config) -> dict:
         rows = sorted(zip(scores, c.record["ranks"], c.record["responses"], strict=True))[::-1]
         lines = [f"score {score:+.2f}, rank {rank}: {text}" for score, rank, text in rows]
         run.sample(c.record["prompt"], *lines)
-    compared = f"ppo.py --compare {config.out} --out out/compare"
-    following = compared if stage == "dpo" else "ppo.py"
+    following = f"ppo.py --compare {config.out} --out out/compare" if stage == "dpo" else "ppo.py"
     print(f"wrote {config.out}: report.json, samples.txt, metrics.jsonl; next: python {following}")
     print(f"curves: python -m data.plot {config.out}")
     return run.metrics[-1]

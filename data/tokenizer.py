@@ -132,7 +132,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             wrong = f"GPT-2's vocabulary cannot be loaded ({type(error).__name__})"
             remedy = "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored it before"
             raise FileNotFoundError(f"{wrong}; without a network, {remedy}") from error
-    path = {"toy": Path(__file__).with_name("toy.tiktoken")}.get(name, Path(name))
+    path = {"toy": TOY}.get(name, Path(name))
     if path.suffix != ".tiktoken":
         raise UserError(f"tokenizer {name!r}; expected gpt2, toy or the path of a .tiktoken file")
     try:

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RawHelp = argparse.RawDescriptionHelpFormatter
 COLUMNS = ("gold", "win_rate", "score", "kl", "pretraining_loss")
 TEXTS = ("length", "eos_rate", "repetition", "distinct_2")
 PARTS = tuple(f"gold/{part}" for part in ("form", "mood", "subject", "variety", "ending", "length"))
@@ -164,7 +163,8 @@ def table(results: list[list[dict]], columns: tuple[str, ...], costs: dict | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawHelp)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("seeds", nargs="+", type=int)
     for switch in ("curves", "variants", "bf16"):
         parser.add_argument(f"--{switch}", action="store_true")

@@ -1534,10 +1534,8 @@ def test_a_reply_with_its_grade_is_learnt_only_if_that_is_wanted(tmp_path):
 
 
 def test_the_last_reply_and_kinds_are_flags(tmp_path, capsys):
-    path, out = (
-        write(tmp_path / "a.jsonl", {"messages": chat("a", "b", "c", "d")}),
-        tmp_path / "b.jsonl",
-    )
+    path = write(tmp_path / "a.jsonl", {"messages": chat("a", "b", "c", "d")})
+    out = tmp_path / "b.jsonl"
     convert.main([str(path), str(out), "--last"])
     printed = capsys.readouterr().out
     assert "1 rows: 1 turns before the last reply left out; 1 demonstrations written" in printed

@@ -313,9 +313,8 @@ def test_another_round_of_the_loop(results, reward_config, ppo_config, out, tmp_
     reward.main(config)
     new = load_comparisons(tmp_path / "reward" / "comparisons.jsonl")
     assert len(new) == 40
-    assert (
-        metrics(tmp_path / "reward")[-1]["step"] == 420 // 4 - 1
-    )  # 440, half of the 40 new held out
+    # of 440 comparisons, half of the 40 new ones are held out
+    assert metrics(tmp_path / "reward")[-1]["step"] == 420 // 4 - 1
     config = replace(
         ppo_config,
         init=str(out / "ppo"),
